@@ -1,0 +1,84 @@
+"""zeropoint: make a pretrained model smaller and faster by quantization, and prove what it cost.
+
+    real = scale * (codes - zero_point)
+
+Everything here is loaded on first use, so that `import zeropoint` costs nothing and imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Comparison",
+    "Footprint",
+    "QTensor",
+    "Recipe",
+    "Report",
+    "Rule",
+    "Scheme",
+    "ZeropointError",
+    "__version__",
+    "compare",
+    "dequantize",
+    "footprint",
+    "formats",
+    "freeze",
+    "load",
+    "numerics",
+    "quantize",
+    "save",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from zeropoint import numerics
+    from zeropoint.errors import ZeropointError
+    from zeropoint.evaluate.compare import Comparison, compare
+    from zeropoint.evaluate.footprint import Footprint, footprint
+    from zeropoint.flows.ptq import dequantize, freeze, quantize
+    from zeropoint.flows.report import Report
+    from zeropoint.model.load import load
+    from zeropoint.model.save import save
+    from zeropoint.checkpoints.native import verify
+    from zeropoint.numerics import formats
+    from zeropoint.qtensor import QTensor
+    from zeropoint.scheme import Recipe, Rule, Scheme
+
+_HOMES = {
+    "Comparison": "zeropoint.evaluate.compare",
+    "Footprint": "zeropoint.evaluate.footprint",
+    "QTensor": "zeropoint.qtensor",
+    "Recipe": "zeropoint.scheme",
+    "Report": "zeropoint.flows.report",
+    "Rule": "zeropoint.scheme",
+    "Scheme": "zeropoint.scheme",
+    "ZeropointError": "zeropoint.errors",
+    "compare": "zeropoint.evaluate.compare",
+    "dequantize": "zeropoint.flows.ptq",
+    "footprint": "zeropoint.evaluate.footprint",
+    "freeze": "zeropoint.flows.ptq",
+    "load": "zeropoint.model.load",
+    "quantize": "zeropoint.flows.ptq",
+    "save": "zeropoint.model.save",
+    "verify": "zeropoint.checkpoints.native",
+}
+_MODULES = {"formats": "zeropoint.numerics.formats", "numerics": "zeropoint.numerics"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'zeropoint' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

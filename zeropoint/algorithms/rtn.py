@@ -1,0 +1,25 @@
+"""Round to nearest: no data, no search."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zeropoint.numerics import quantize
+from zeropoint.qtensor import QTensor
+from zeropoint.scheme import Scheme
+
+
+def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
+    """Round every weight to the nearest code of a grid that spans its block. codes = clamp(round(w / s) + z).
+
+    weight: (N, K) float. Raises NonFiniteError, GroupSizeError, ScaleRangeError.
+    """
+    quantized = quantize(
+        weight,
+        scheme.format,
+        granularity=scheme.granularity,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        scale_dtype=scheme.scale_dtype,
+    )
+    return QTensor.from_codes(quantized, scheme, weight.dtype)

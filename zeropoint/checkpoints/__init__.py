@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: tensors on disk <-> QTensors. Nothing here builds a model."""

@@ -1,0 +1,369 @@
+"""Post-training quantization of a model in memory: quantize -> live, freeze -> codes only, dequantize -> float again.
+
+    float  --quantize-->  live  --freeze-->  frozen
+      ^-------------------dequantize-----------'
+
+`quantize` plans first and changes the model only when the whole plan holds: a refused call leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from zeropoint.algorithms import get_algorithm
+from zeropoint.errors import (
+    CoverageError,
+    GroupSizeError,
+    RecipeError,
+    StateError,
+    UnusedRuleError,
+    ZeropointError,
+    nearest,
+)
+from zeropoint.flows.report import ModuleReport, Report
+from zeropoint.kernels.select import choose
+from zeropoint.kernels.spec import Spec
+from zeropoint.model.replace import replace_module
+from zeropoint.model.save import remember_recipe
+from zeropoint.model.walk import (
+    Site,
+    is_quantized,
+    named_modules,
+    owned_tensors,
+    quantized_modules,
+    weight_elements,
+    weight_sites,
+)
+from zeropoint.nn import QModule, quantized_type
+from zeropoint.numerics import check_finite
+from zeropoint.scheme import PER_CHANNEL, Recipe, Role, Rule, Scheme
+
+Patterns = str | Sequence[str] | None
+OnStep = Callable[[str, int, int], None]
+"""Progress: (what is being done, steps done, steps in all)."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The default `on_step`: says nothing."""
+
+
+def quantize(
+    model: nn.Module,
+    weights: str | None = None,
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    recipe: Recipe | None = None,
+    strict: bool = True,
+) -> Report:
+    """Put the model into the live state: float weights kept, every forward uses their quantized image. In place.
+
+    weights: a format name ("int8" when there is no recipe). group_size: values per scale along the input dimension;
+    None for the format's default, -1 for one scale per output channel. symmetric: None for the format's default.
+    include, exclude: `fnmatch` patterns on module names. Embeddings and heads get int8 per row when `weights` has 8
+    bits or fewer, and stay tied where they are. recipe: a Recipe instead of all of these.
+    strict=False turns an unused rule, a group size that does not divide K, and a missed coverage into warnings.
+
+    Raises StateError (quantized already, or on the meta device), UnusedRuleError, GroupSizeError, CoverageError,
+    NonFiniteError, RecipeError, UnknownNameError. The model is unchanged when it raises.
+    """
+    if is_quantized(model):
+        raise StateError("the model is quantized already; call zp.dequantize(model) first")
+    sites = weight_sites(model)
+    for site in sites:
+        if site.module is model:
+            replace_module(model, site.names, model)  # raises
+        if next(site.module.parameters()).device.type == "meta":
+            raise StateError(f"{site.name} is on the meta device, without values; load the weights first")
+    if recipe is None:
+        recipe = _recipe(weights or "int8", group_size, symmetric, _patterns(include), _patterns(exclude), model, sites)
+    elif any(v is not None for v in (weights, group_size, symmetric, include, exclude)):
+        raise RecipeError("give either a recipe, or weights / group_size / symmetric / include / exclude")
+    plan = _plan(model, sites, recipe)
+    warnings = [*_check_rules(plan, recipe, sites), *plan.obstacles, *_check_coverage(plan, recipe)]
+    if strict and warnings:
+        raise warnings[0]
+    for site, scheme in plan.schemes.items():
+        try:
+            for parameter in site.module.parameters(recurse=False):
+                if parameter.dim() >= 2:
+                    check_finite(parameter)
+        except ZeropointError as e:
+            raise type(e)(f"{site.name}.weight: {e}") from e
+    report = _report(model, sites, plan, recipe, tuple(str(w) for w in warnings))
+    for site, scheme in plan.schemes.items():
+        quantized = quantized_type(site.module)
+        assert quantized is not None
+        replace_module(model, site.names, quantized.from_float(site.module, scheme))
+    remember_recipe(model, recipe)
+    return report
+
+
+def freeze(model: nn.Module, algorithm: str = "rtn", *, on_step: OnStep = no_progress) -> None:
+    """Replace the float weights of a live model by codes, module by module. In place.
+
+    algorithm: how codes are chosen, a name of `zeropoint.algorithms.ALGORITHMS`. Tied weights stay tied.
+    Raises StateError (nothing is live), UnknownNameError, NonFiniteError and ScaleRangeError naming the module.
+    """
+    choose_codes = get_algorithm(algorithm)
+    modules = quantized_modules(model)
+    live = {name: m for name, m in modules.items() if not m.frozen}
+    if not live:
+        state = "frozen already" if modules else "not quantized; call zp.quantize(model) first"
+        raise StateError(f"there is nothing to freeze: the model is {state}")
+    owners: dict[int, QModule] = {}
+    for done, (name, module) in enumerate(live.items()):
+        on_step(name, done, len(live))
+        parameter = module._parameters["weight"]
+        owner = owners.setdefault(id(parameter), module)
+        if owner is not module:
+            module.freeze_tied(owner)
+            continue
+        try:
+            qweight = choose_codes(_detached(module), module.scheme)
+        except ZeropointError as e:
+            raise type(e)(f"{name}.weight: {e}") from e
+        del parameter
+        module.freeze(qweight)
+    on_step("", len(live), len(live))
+
+
+def _detached(module: QModule) -> Tensor:
+    return module.float_weight().detach()
+
+
+def dequantize(model: nn.Module) -> None:
+    """Back to float modules. Live: with their float weights; frozen: with the dequantized ones. In place.
+
+    Raises StateError when nothing is quantized.
+    """
+    modules = {m: n for m, n in named_modules(model).items() if isinstance(m, QModule)}
+    if not modules:
+        raise StateError("there is nothing to dequantize: the model is not quantized")
+    floats = {m: m.to_float() for m in modules}
+    for module, names in modules.items():
+        if isinstance(module, QModule) and module.tied_to is not None:
+            floats[module].weight = floats[module.tied_to].weight
+        replace_module(model, names, floats[module])
+    remember_recipe(model, None)
+
+
+# --- from arguments to a recipe ---------------------------------------------------------------------------------------
+
+
+def _patterns(value: Patterns) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not patterns:
+        raise UnusedRuleError("an empty list of patterns matches nothing; leave include / exclude out")
+    return patterns
+
+
+def _recipe(
+    weights: str,
+    group_size: int | None,
+    symmetric: bool | None,
+    include: tuple[str, ...] | None,
+    exclude: tuple[str, ...] | None,
+    model: nn.Module,
+    sites: list[Site],
+) -> Recipe:
+    """Rules for the arguments of `quantize`: exclusions first, then each included pattern by role."""
+    linear = Scheme.of(weights, group_size=group_size, symmetric=symmetric)
+    by_row = linear if linear.fmt.bits > 8 else Scheme.of("int8", group_size=PER_CHANNEL)
+    rules = [Rule(match=pattern) for pattern in exclude or ()]
+    for pattern in include or ("*",):
+        matched = [s for s in sites if any(fnmatchcase(n, pattern) for n in s.names)]
+        taken = Recipe(rules=tuple(rules)) if rules else None
+        free = [s for s in matched if taken is None or _rule_of(s, taken) is None]
+        schemes: dict[Role, Scheme] = {"embedding": by_row, "head": by_row, "linear": linear}
+        new = [
+            Rule(match=pattern, role=role, scheme=scheme)
+            for role, scheme in schemes.items()
+            if any(s.role == role for s in free)
+        ]
+        if not new:
+            if not matched:
+                why = _hint(pattern, model, sites)
+            elif not free:
+                why = "other patterns take everything it matches"
+            else:
+                why = f"{free[0].name}: {free[0].obstacle}"
+            raise UnusedRuleError(f"include={pattern!r} finds no module to quantize; {why}")
+        rules += new
+    return Recipe(rules=tuple(rules))
+
+
+def _hint(pattern: str, model: nn.Module, sites: list[Site]) -> str:
+    """What to write instead of a pattern that matches nothing."""
+    containers = {name for names in named_modules(model).values() for name in names if name}
+    if pattern in containers:
+        return f"{pattern!r} holds no weight itself, write {pattern + '.*'!r}"
+    if not sites:
+        return "the model has no weight matrices"
+    return nearest(pattern, dict.fromkeys(s.name for s in sites))
+
+
+# --- from a recipe to a plan ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """schemes: of the sites to quantize. reasons: why the others are kept. by_rule: those kept because a rule says so.
+
+    obstacles: what strict mode refuses. used: rules that decided about at least one site.
+    """
+
+    schemes: dict[Site, Scheme]
+    reasons: dict[Site, str]
+    by_rule: set[Site]
+    obstacles: list[ZeropointError]
+    used: set[Rule]
+
+
+def _plan(model: nn.Module, sites: list[Site], recipe: Recipe) -> _Plan:
+    plan = _Plan({}, {}, set(), [], set())
+    for site in sites:
+        rule = _rule_of(site, recipe)
+        if rule is not None and (site.role is not None or rule.scheme is None):
+            plan.used.add(rule)
+        if rule is None or rule.scheme is None:
+            plan.reasons[site] = "no rule matches" if rule is None else f"rule {rule} keeps it"
+            plan.by_rule.add(site)
+        elif site.obstacle is not None:
+            plan.reasons[site] = site.obstacle
+        else:
+            quantized = quantized_type(site.module)
+            assert quantized is not None
+            try:
+                rule.scheme.storage_bytes(quantized.weight_shape(site.module))
+                plan.schemes[site] = rule.scheme
+            except GroupSizeError as e:
+                plan.obstacles.append(GroupSizeError(f"{site.name}: {e}"))
+                plan.reasons[site] = str(e)
+    _settle_ties(plan, sites)
+    return plan
+
+
+def _rule_of(site: Site, recipe: Recipe) -> Rule | None:
+    """The first rule that matches any of the site's names. A site without a role is matched by rules for any role."""
+    for rule in recipe.rules:
+        roles: tuple[Role, ...] = (site.role,) if site.role else ("linear", "embedding", "head")
+        if any(rule.matches(name, role) for name in site.names for role in roles):
+            return rule
+    return None
+
+
+def _settle_ties(plan: _Plan, sites: list[Site]) -> None:
+    """Sites that share a weight share its fate: one kept keeps all, and two schemes for one tensor are an error."""
+    groups: dict[int, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.tied, []).append(site)
+    for group in groups.values():
+        kept = next((s for s in group if s in plan.reasons), None)
+        chosen = {plan.schemes[s]: s for s in group if s in plan.schemes}
+        if kept is not None:
+            for site in group:
+                if plan.schemes.pop(site, None):
+                    plan.reasons[site] = f"tied to {kept.name}, which is kept: {plan.reasons[kept]}"
+                    if kept in plan.by_rule:
+                        plan.by_rule.add(site)
+        elif len(chosen) > 1:
+            (a, first), (b, second) = list(chosen.items())[:2]
+            raise RecipeError(
+                f"{first.name} and {second.name} are one tied weight, but the rules give {a} and {b}; give both one scheme"
+            )
+
+
+def _check_rules(plan: _Plan, recipe: Recipe, sites: list[Site]) -> list[ZeropointError]:
+    errors: list[ZeropointError] = []
+    for rule in recipe.rules:
+        if rule in plan.used:
+            continue
+        names = [n for s in sites for n in s.names if rule.matches(n, s.role or rule.role or "linear")]
+        if names:
+            earlier = any(_rule_of(s, recipe) is not rule for s in sites if names[0] in s.names)
+            why = "an earlier rule takes them all" if earlier else "none of them can be quantized"
+            errors.append(UnusedRuleError(f"rule {rule} decides nothing: of {names[0]!r} and others, {why}"))
+        else:
+            close = nearest(rule.match, dict.fromkeys(s.name for s in sites)) if sites else "no weight matrices"
+            errors.append(UnusedRuleError(f"rule {rule} matched no module; {close}"))
+    return errors
+
+
+def _check_coverage(plan: _Plan, recipe: Recipe) -> list[ZeropointError]:
+    if not plan.schemes:
+        reasons = sorted({*plan.reasons.values()}) or ["the model has no weight matrices"]
+        return [CoverageError(f"nothing would be quantized: {'; '.join(reasons[:3])}")]
+    done = _elements(plan.schemes)
+    missed = {s: s.elements for s in plan.reasons if s not in plan.by_rule}
+    coverage = done / (done + _elements(missed))
+    if coverage >= recipe.min_coverage:
+        return []
+    worst = sorted(missed, key=lambda s: -s.elements)[:3]
+    listed = "; ".join(f"{s.name} ({s.elements:,} elements): {plan.reasons[s]}" for s in worst)
+    return [
+        CoverageError(
+            f"{coverage:.1%} of the weights that no rule keeps would be quantized, the recipe promises at least "
+            f"{recipe.min_coverage:.1%}: {listed}. Exclude them, lower min_coverage, or use strict=False"
+        )
+    ]
+
+
+def _elements(sites: dict[Site, Scheme] | dict[Site, int]) -> int:
+    return sum({s.tied: s.elements for s in sites}.values())
+
+
+def _report(
+    model: nn.Module, sites: list[Site], plan: _Plan, recipe: Recipe, warnings: tuple[str, ...]
+) -> Report:
+    modules = []
+    owners: dict[int, Site] = {}
+    for site in sites:
+        owner = owners.setdefault(site.tied, site)
+        scheme = plan.schemes.get(site)
+        reason = plan.reasons.get(site)
+        before = after = site.bytes
+        kernel = None
+        if scheme is not None:
+            quantized = quantized_type(site.module)
+            assert quantized is not None
+            shape = quantized.weight_shape(site.module)
+            after = scheme.storage_bytes(shape)
+            device = next(site.module.parameters()).device.type
+            op = "embedding" if site.role == "embedding" else "linear"
+            kernel = choose(Spec(op=op, scheme=scheme, shape=shape, device=device)).kernel
+        if owner is not site:
+            before = after = 0
+            reason = reason or f"tied to {owner.name}"
+        modules.append(
+            ModuleReport(
+                name=site.name,
+                action="kept" if scheme is None else "quantized",
+                scheme=None if scheme is None else str(scheme),
+                kernel=kernel,
+                reason=reason,
+                elements=site.elements,
+                bytes_before=before,
+                bytes_after=after,
+            )
+        )
+    bytes_before = sum(t.nbytes for _, t in owned_tensors(model))
+    bytes_after = bytes_before + sum(m.bytes_after - m.bytes_before for m in modules)
+    everything = _elements({s: s.elements for s in sites})
+    return Report(
+        modules=tuple(modules),
+        bytes_before=bytes_before,
+        bytes_after=bytes_after,
+        bits_per_weight=8 * bytes_after / max(1, weight_elements(model)),
+        coverage=_elements(plan.schemes) / max(1, everything),
+        recipe=recipe,
+        warnings=warnings,
+    )

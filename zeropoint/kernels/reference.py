@@ -1,0 +1,63 @@
+"""The oracle: every kernel is compared with this. float64, written from the formulas, sharing no code with the rest.
+
+    bit j of code i of a row = bit (i * bits + j) of the row's bytes
+    real = scale * (code - zero_point), or scale * levels[code], or scale * code
+    y = x @ real.T + bias
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zeropoint.kernels.spec import Spec
+from zeropoint.qtensor import QTensor
+
+
+def why_not(spec: Spec) -> str | None:
+    """Never chosen by rank: it exists to be compared with."""
+    return "the float64 oracle is slow; force it with ZEROPOINT_KERNEL=reference"
+
+
+def weight_values(weight: QTensor) -> Tensor:
+    """Dequantized weight. Returns (N, K) float64."""
+    fmt = weight.scheme.fmt
+    n, k = weight.shape
+    if fmt.kind == "downcast":
+        return weight.packed.double()
+    assert weight.scale is not None
+    stored = weight.packed.view(n, -1).long()
+    if fmt.kind == "float8":
+        codes = stored.to(torch.uint8).view(fmt.dtype).double()
+    else:
+        first_bit = torch.arange(k, device=stored.device) * fmt.bits
+        unsigned = torch.zeros(n, k, dtype=torch.long, device=stored.device)
+        for j in range(fmt.bits):
+            bit = first_bit + j
+            unsigned += ((stored[:, bit // 8] >> (bit % 8)) & 1) << j
+        if fmt.levels is not None:
+            codes = torch.tensor(fmt.levels, dtype=torch.float64, device=stored.device)[unsigned]
+        else:
+            codes = (unsigned - 2 ** (fmt.bits - 1)).double()
+    if weight.zero_point is not None:
+        codes = codes - _per_value(weight.zero_point, n, k)
+    return _per_value(weight.scale, n, k) * codes
+
+
+def _per_value(parameter: Tensor, n: int, k: int) -> Tensor:
+    """(R, G) scales or zero points, one copy for each of the (n, k) values."""
+    rows, groups = parameter.shape
+    return parameter.double().repeat_interleave(k // groups, dim=1).expand(n, k)
+
+
+def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of x's dtype."""
+    y = x.double() @ weight_values(weight).T
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(x.dtype)
+
+
+def embedding(indices: Tensor, weight: QTensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight. indices: (...) int; weight: (N, K); returns (..., K) of `dtype`."""
+    return weight_values(weight)[indices].to(dtype)

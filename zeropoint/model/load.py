@@ -1,0 +1,272 @@
+"""From a source to (model, tokenizer)."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeropoint.checkpoints import native
+from zeropoint.errors import CheckpointError, SourceError, UnknownNameError, nearest
+from zeropoint.model.replace import replace_module
+from zeropoint.model.save import remember_recipe
+from zeropoint.model.source import Source, resolve
+from zeropoint.model.walk import named_modules
+from zeropoint.nn import QModule, quantized_type
+
+# The pipeline task names of transformers, and the class that serves each.
+TASKS = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    "feature-extraction": "AutoModel",
+}
+
+
+def load(
+    source: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    *,
+    task: str | None = None,
+    model: nn.Module | None = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, in evaluation mode. The tokenizer is None when the source has none.
+
+    source: a folder (zeropoint or float checkpoint), a hub id, a .gguf file, or package:NAME.
+    dtype: of float weights and activations; "auto" keeps the stored one. device_map: as transformers takes it; a
+    zeropoint checkpoint takes one device. task: a transformers pipeline task ("text-generation" ...) to choose the class;
+    by default the class that the configuration names. model: for a zeropoint checkpoint of a module that is not a
+    transformers model, a float module of the same structure; it is filled in place and returned.
+    Raises SourceError, CheckpointError, UnknownNameError.
+    """
+    if task is not None and task not in TASKS:
+        raise UnknownNameError(f"{task!r} is not a task; {nearest(task, TASKS)}")
+    torch_dtype = _dtype(dtype)
+    found = resolve(source)
+    if found.kind == "native":
+        loaded = _load_native(Path(found.location), task, model)
+        loaded.to(device=_device(device_map), dtype=torch_dtype)
+    elif model is not None:
+        raise SourceError("model= is for zeropoint checkpoints; a float checkpoint loads into its own class")
+    else:
+        loaded = _load_float(found, torch_dtype, device_map, task)
+    return loaded.eval(), _load_tokenizer(found)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if dtype == "auto":
+        return None
+    value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
+        raise UnknownNameError(f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16, float64")
+    return value
+
+
+def _device(device_map: Any) -> Any:
+    if device_map is None or isinstance(device_map, (str, int, torch.device)) and device_map != "auto":
+        return device_map
+    raise SourceError(
+        f"device_map={device_map!r}: a zeropoint checkpoint loads onto one device; use 'cpu' or 'cuda:0'"
+    )
+
+
+# --- float checkpoints ------------------------------------------------------------------------------------------------
+
+
+def _load_float(found: Source, dtype: torch.dtype | None, device_map: Any, task: str | None) -> nn.Module:
+    from transformers import AutoConfig
+
+    where, options = _location(found)
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+        kind = _model_class(config, task)
+        loaded = kind.from_pretrained(
+            where, config=config, dtype=dtype or "auto", device_map=device_map, **options
+        )
+    except (OSError, ValueError, RuntimeError) as e:
+        raise SourceError(f"{found.location!r} cannot be loaded: {e}") from e
+    return _plain(loaded) if found.kind == "gguf" else loaded
+
+
+def _location(found: Source) -> tuple[str, dict[str, Any]]:
+    """The arguments by which transformers' `from_pretrained` finds a source."""
+    if found.kind == "gguf":
+        file = Path(found.location)
+        return str(file.parent), {"gguf_file": file.name}
+    return found.location, {}
+
+
+def _model_class(config: Any, task: str | None) -> Any:
+    """The class for a task; else the one the configuration names; else by what the configuration can be."""
+    import transformers
+
+    if task is not None:
+        return getattr(transformers, TASKS[task])
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not _is_encoder(config):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
+
+
+def _is_encoder(config: Any) -> bool:
+    """Encoders with a causal variant (BERT) say so only by not being decoders."""
+    return not getattr(config, "is_decoder", True)
+
+
+def _plain(loaded: Any) -> nn.Module:
+    """The same weights in a model that transformers does not mark as GGUF-quantized: they have been dequantized."""
+    from accelerate import init_empty_weights
+
+    config = loaded.config
+    with suppress(AttributeError):
+        del config.quantization_config
+    with init_empty_weights():
+        plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    module: nn.Module = plain
+    return module
+
+
+def _load_tokenizer(found: Source) -> Any:
+    from transformers import AutoTokenizer
+
+    where, options = _location(found)
+    if found.kind in ("native", "directory") and not any(
+        (Path(where) / file).is_file()
+        for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+    ):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as e:
+        if found.kind == "hub":
+            return None  # vision and audio models have none
+        raise SourceError(f"the tokenizer of {found.location!r} cannot be loaded: {e}") from e
+
+
+# --- zeropoint checkpoints --------------------------------------------------------------------------------------------
+
+
+def _load_native(path: Path, task: str | None, model: nn.Module | None) -> nn.Module:
+    """Build the model without memory, put quantized modules where the manifest says, and fill in the stored tensors."""
+    contents = native.read(path)
+    skeleton = _skeleton(path, contents.config, task) if model is None else model
+    modules = {name: m for m, names in named_modules(skeleton).items() for name in names}
+    names_of = named_modules(skeleton)
+    frozen: dict[str, QModule] = {}
+    for weight_name, qweight in contents.qweights.items():
+        name = weight_name.removesuffix(".weight")
+        new = _quantized(path, name, modules.get(name), qweight.scheme, tuple(qweight.shape))
+        new.freeze(qweight)
+        frozen[name] = new
+        replace_module(skeleton, names_of[modules[name]], new)
+    for alias, owner in contents.tied.items():
+        name, owner_name = alias.removesuffix(".weight"), owner.removesuffix(".weight")
+        if owner_name in frozen and name not in names_of[modules[owner_name]]:
+            source = frozen[owner_name]
+            new = _quantized(path, name, modules.get(name), source.scheme, source.shape)
+            new.freeze_tied(source)
+            replace_module(skeleton, names_of[modules[name]], new)
+    _fill(path, skeleton, contents)
+    remember_recipe(skeleton, contents.recipe)
+    return skeleton
+
+
+def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    if "model_type" not in config:
+        raise SourceError(
+            f"{path} holds a module that is not a transformers model; pass model= with a float module of its structure"
+        )
+    data = {k: v for k, v in config.items() if k != "quantization_config"}
+    parsed = AutoConfig.for_model(**json.loads(json.dumps(data)))
+    kind = _model_class(parsed, task)
+    with init_empty_weights():
+        skeleton: nn.Module = (
+            kind.from_config(parsed) if hasattr(kind, "from_config") else kind(parsed)
+        )
+    if (path / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        skeleton.generation_config = GenerationConfig.from_pretrained(path)  # type: ignore[assignment]
+    return skeleton
+
+
+def _quantized(
+    path: Path, name: str, module: nn.Module | None, scheme: Any, shape: tuple[int, ...]
+) -> QModule:
+    kind = None if module is None else quantized_type(module)
+    if module is None or kind is None:
+        what = "is not in the model" if module is None else f"is a {type(module).__name__}"
+        raise CheckpointError(f"{path} holds a quantized {name}, which {what}; is this the right model?")
+    if kind.weight_shape(module) != shape:
+        raise CheckpointError(
+            f"{path}: {name}.weight is {shape}, but the model has {kind.weight_shape(module)}; is this the right model?"
+        )
+    return kind.from_float(module, scheme)
+
+
+def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
+    """Put every stored float tensor where it belongs, tied ones as one parameter. Raises CheckpointError."""
+    left = dict(contents.tensors)
+    made: dict[str, nn.Parameter] = {}
+    for module, names in named_modules(model).items():
+        prefix = f"{names[0]}." if names[0] else ""
+        if isinstance(module, QModule):
+            _assign(path, module._parameters, prefix, contents, left, made)
+            continue
+        _assign(path, module._parameters, prefix, contents, left, made)
+        persistent = module._buffers.keys() - module._non_persistent_buffers_set
+        for leaf in persistent:
+            if module._buffers[leaf] is not None:
+                module._buffers[leaf] = _take(path, prefix + leaf, contents, left)
+    if left:
+        raise CheckpointError(f"{path} holds {sorted(left)[0]}, which the model does not have")
+
+
+def _assign(
+    path: Path,
+    parameters: dict[str, nn.Parameter | None],
+    prefix: str,
+    contents: native.Contents,
+    left: dict[str, Tensor],
+    made: dict[str, nn.Parameter],
+) -> None:
+    for leaf, old in parameters.items():
+        if old is None:
+            continue
+        owner = contents.tied.get(prefix + leaf, prefix + leaf)
+        if owner not in made:
+            tensor = _take(path, owner, contents, left)
+            if tensor.shape != old.shape:
+                raise CheckpointError(
+                    f"{path}: {owner} is {tuple(tensor.shape)}, but the model has {tuple(old.shape)}"
+                )
+            made[owner] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        parameters[leaf] = made[owner]
+
+
+def _take(path: Path, name: str, contents: native.Contents, left: dict[str, Tensor]) -> Tensor:
+    name = contents.tied.get(name, name)
+    if name not in contents.tensors:
+        raise CheckpointError(f"{path} lacks {name}, which the model has")
+    left.pop(name, None)
+    return contents.tensors[name]

@@ -1,0 +1,162 @@
+"""What all quantized modules share: one weight that is live (float, used through its quantized image) or frozen."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zeropoint.errors import StateError
+from zeropoint.kernels.select import choose
+from zeropoint.kernels.spec import Spec
+from zeropoint.qtensor import QTensor
+from zeropoint.scheme import Role, Scheme
+
+PART_NAMES = {"": "weight", "_scale": "weight_scale", "_zero_point": "weight_zero_point"}
+
+
+class QModule(nn.Module):
+    """A module with one quantized weight of N output rows and K columns.
+
+    Live: `weight` is the float parameter; the forward uses its quantized image and gradients reach the parameter.
+    Frozen: the parts of a QTensor are buffers called weight, weight_scale and weight_zero_point, which are also their
+    names in state_dict and on disk; `.weight` returns the QTensor. A frozen module that is tied to another holds no
+    parts and reads the other's, so a tied weight is stored, moved and saved once.
+    """
+
+    float_type: ClassVar[str]
+    """Qualified name of the float module this one replaces."""
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.shape = shape
+        self.kernel: str | None = None
+        self._dtype = dtype
+        self._tied_to: tuple[QModule, ...] = ()  # in a tuple, so that it is not registered as a child
+
+    @classmethod
+    @abstractmethod
+    def from_float(cls, module: nn.Module, scheme: Scheme) -> QModule:
+        """A live module that uses the same parameters as `module`."""
+
+    @abstractmethod
+    def to_float(self) -> nn.Module:
+        """A float module. Live: with the same parameters. Frozen: with the dequantized weight."""
+
+    @staticmethod
+    def weight_shape(module: nn.Module) -> tuple[int, int]:
+        """(N, K) of the float module's weight."""
+        n, k = module.weight.shape
+        return int(n), int(k)
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """Why this float module cannot be replaced, or None."""
+        return None
+
+    @property
+    def frozen(self) -> bool:
+        """Codes only; no float weight is left."""
+        return bool(self._tied_to) or "weight" in self._buffers
+
+    @property
+    def tied_to(self) -> QModule | None:
+        """The module whose parts this one reads, or None when it holds its own."""
+        return self._tied_to[0] if self._tied_to else None
+
+    @property
+    def weight(self) -> nn.Parameter | QTensor:  # type: ignore[override]
+        """Live: the float parameter, in the float module's layout. Frozen: the QTensor, (N, K)."""
+        if self.frozen:
+            return self.qweight
+        parameter = self._parameters["weight"]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def qweight(self) -> QTensor:
+        """The frozen weight, (N, K)."""
+        parts = (self._tied_to[0] if self._tied_to else self)._buffers
+        packed = parts["weight"]
+        assert packed is not None
+        return QTensor(
+            packed=packed,
+            scale=parts.get("weight_scale"),
+            zero_point=parts.get("weight_zero_point"),
+            scheme=self.scheme,
+            shape=torch.Size(self.shape),
+            dtype=self._dtype,
+        )
+
+    def float_weight(self) -> Tensor:
+        """The live float weight as (N, K)."""
+        parameter = self._parameters["weight"]
+        assert parameter is not None
+        return parameter
+
+    def freeze(self, weight: QTensor) -> None:
+        """Hold `weight` instead of the float parameter, and choose the kernel. In place."""
+        if self.frozen:
+            raise StateError("the module is frozen already")
+        self._dtype = weight.dtype
+        del self._parameters["weight"]
+        for suffix, part in weight.parts.items():
+            self._buffers[PART_NAMES[suffix]] = part
+        self._choose_kernel()
+
+    def freeze_tied(self, owner: QModule) -> None:
+        """Read the parts of `owner`, which is frozen, instead of the float parameter. In place."""
+        if self.frozen:
+            raise StateError("the module is frozen already")
+        self._dtype = owner.qweight.dtype
+        del self._parameters["weight"]
+        self._tied_to = (owner,)
+        self._choose_kernel()
+
+    @property
+    @abstractmethod
+    def role(self) -> Role:
+        """What the module does with its weight."""
+
+    def _choose_kernel(self) -> None:
+        spec = Spec(
+            op="embedding" if self.role == "embedding" else "linear",
+            scheme=self.scheme,
+            shape=self.shape,
+            device=self.qweight.device.type,
+        )
+        self.kernel = choose(spec).kernel
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
+        """`.to(device)` moves the parts; `.to(dtype)` changes what they dequantize to, never the parts themselves."""
+        if not self.frozen:
+            super()._apply(fn, recurse)
+            self._dtype = self.float_weight().dtype
+            return self
+        moved = {name: fn(part) for name, part in self._buffers.items() if part is not None}
+        parts = {
+            name: new if new.dtype == old.dtype else old.to(new.device)
+            for (name, new), old in zip(moved.items(), self._buffers.values(), strict=True)
+            if old is not None
+        }
+        self._buffers.clear()
+        super()._apply(fn, recurse)
+        self._buffers.update(parts)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        self._choose_kernel()
+        return self
+
+    def extra_repr(self) -> str:
+        n, k = self.shape
+        state = "live"
+        if self.frozen:
+            state = f"frozen, kernel={self.kernel}" + (", tied" if self._tied_to else "")
+        return f"{self._sizes(n, k)}, {self.scheme}, {state}"
+
+    @abstractmethod
+    def _sizes(self, n: int, k: int) -> str:
+        """The sizes as the float module's repr prints them."""

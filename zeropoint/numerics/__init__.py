@@ -1,0 +1,207 @@
+"""Quantization of one tensor: from real values to codes and back, and what it cost.
+
+Pure functions of tensors, usable alone:
+
+>>> import torch
+>>> weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
+>>> q = quantize(weight, "int8", symmetric=False)
+>>> q.codes, q.scale, q.zero_point
+(tensor([[-128,  -43,   -1,  127]], dtype=torch.int8), tensor([[0.0118]]), tensor([[-43]], dtype=torch.int8))
+>>> dequantize(q.codes, q.scale, q.zero_point, "int8")
+tensor([[-1.0000,  0.0000,  0.4941,  2.0000]])
+>>> quantization_error(weight, fake_quantize(weight, "int8", symmetric=False)).max
+0.00588...
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zeropoint.errors import NonFiniteError, RecipeError, ScaleRangeError, UnknownNameError, nearest
+from zeropoint.numerics import affine, codebook
+from zeropoint.numerics.formats import FORMATS, SCALE_DTYPES, Format, get_format
+from zeropoint.numerics.granularity import Granularity, blocked, rows_and_columns, scale_shape
+from zeropoint.numerics.packing import pack, unpack
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "QuantizationError",
+    "Quantized",
+    "check_finite",
+    "dequantize",
+    "fake_quantize",
+    "get_format",
+    "get_scale_dtype",
+    "pack",
+    "quantization_error",
+    "quantize",
+    "rows_and_columns",
+    "scale_shape",
+    "unpack",
+]
+
+
+class Quantized(NamedTuple):
+    """Codes with what is needed to read them.
+
+    codes: the shape of the values; int8 (integer formats), uint8 (codebooks), float8 or float16/bfloat16.
+    scale: (R, G) of the scale dtype, or None for a downcast. zero_point: (R, G) int8, or None where it is 0.
+    R and G are given in `numerics.granularity`.
+    """
+
+    codes: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+
+class QuantizationError(NamedTuple):
+    """Distance between values and their quantized image.
+
+    max: largest absolute difference. mse: mean squared difference.
+    sqnr_db: 10 log10(mean square of the values / mse), inf when nothing was lost.
+    """
+
+    max: float
+    mse: float
+    sqnr_db: float
+
+
+def get_scale_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a scale dtype's name. Raises UnknownNameError."""
+    if name not in SCALE_DTYPES:
+        raise UnknownNameError(f"{name!r} is not a scale dtype; {nearest(str(name), SCALE_DTYPES)}")
+    return SCALE_DTYPES[name]
+
+
+def check_finite(values: Tensor) -> None:
+    """Raises NonFiniteError when there is a NaN or Inf, saying how many and where the first one is."""
+    finite = torch.isfinite(values)
+    if not finite.all():
+        nan = int(torch.isnan(values).sum())
+        inf = int((~finite).sum()) - nan
+        first = (~finite).nonzero()[0].tolist()
+        raise NonFiniteError(
+            f"{nan} NaN and {inf} Inf among {values.numel()} values, the first at {first}; "
+            "repair the weight or exclude this module"
+        )
+
+
+def quantize(
+    values: Tensor,
+    format: str = "int8",
+    *,
+    granularity: Granularity = "channel",
+    group_size: int | None = None,
+    symmetric: bool = True,
+    scale_dtype: str = "float32",
+) -> Quantized:
+    """Codes nearest to the values on the format's grid: codes = clamp(round(real / scale) + zero_point).
+
+    values: (N, K) or any shape, float, finite. group_size: needed by granularity "group", along K.
+    symmetric: zero_point is 0; False is for integer formats only. The grid spans each block's minimum and maximum.
+    Raises NonFiniteError, GroupSizeError, ScaleRangeError, UnknownNameError, RecipeError.
+    """
+    fmt = get_format(format)
+    dtype = get_scale_dtype(scale_dtype)
+    if not values.is_floating_point():
+        raise RecipeError(f"values are {values.dtype}, not floats; there is nothing to quantize")
+    if not symmetric and fmt.kind != "integer":
+        raise RecipeError(f"symmetric=False: {format} has no zero point; leave symmetric out")
+    check_finite(values)
+    if fmt.kind == "downcast":
+        return Quantized(_downcast(values, fmt), None, None)
+    blocks = blocked(values, granularity, group_size)
+    if values.numel() == 0:
+        raise RecipeError(f"values of shape {tuple(values.shape)} are empty; there is nothing to quantize")
+    zero_point = None
+    if symmetric:
+        scale = affine.symmetric_scale(blocks, fmt.real_max, dtype)
+    else:
+        scale, zero_point = affine.asymmetric_parameters(blocks, fmt, dtype)
+    if fmt.kind == "integer":
+        codes = affine.affine_codes(blocks, scale, zero_point, fmt)
+    elif fmt.kind == "codebook":
+        codes = codebook.codebook_codes(blocks, scale, fmt)
+    else:
+        assert fmt.dtype is not None
+        normalised = blocks.float() / scale.unsqueeze(-1).float()
+        codes = normalised.clamp_(-fmt.real_max, fmt.real_max).to(fmt.dtype)
+    return Quantized(codes.view(values.shape), scale, zero_point)
+
+
+def _downcast(values: Tensor, fmt: Format) -> Tensor:
+    assert fmt.dtype is not None
+    codes = values.to(fmt.dtype)
+    if not torch.isfinite(codes).all():
+        raise ScaleRangeError(
+            f"{values.abs().max().item():.4g} does not fit {fmt.name}, whose largest value is {fmt.real_max:.4g}; "
+            "use bfloat16"
+        )
+    return codes
+
+
+def dequantize(
+    codes: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None = None,
+    format: str = "int8",
+) -> Tensor:
+    """real = scale * (codes - zero_point), or scale * levels[codes]. Inverse of `quantize` up to rounding.
+
+    codes: any shape; scale, zero_point: (R, G) as `quantize` returned them. Returns float32 of the codes' shape.
+    """
+    fmt = get_format(format)
+    if fmt.kind == "downcast":
+        return codes.float()
+    if scale is None:
+        raise RecipeError(f"scale is None, but {format} needs one: (1, 1), (N, 1) or (N, groups)")
+    blocks = codes.reshape(*scale.shape, -1)
+    if fmt.kind == "codebook":
+        real = codebook.codebook_values(blocks, scale, fmt)
+    else:
+        real = affine.affine_values(blocks, scale, zero_point)
+    return real.view(codes.shape)
+
+
+def fake_quantize(
+    values: Tensor,
+    format: str = "int8",
+    *,
+    granularity: Granularity = "channel",
+    group_size: int | None = None,
+    symmetric: bool = True,
+    scale_dtype: str = "float32",
+) -> Tensor:
+    """dequantize(quantize(values)), in the dtype of the values. Arguments and errors of `quantize`."""
+    q = quantize(
+        values,
+        format,
+        granularity=granularity,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+    )
+    return dequantize(q.codes, q.scale, q.zero_point, format).to(values.dtype)
+
+
+def quantization_error(values: Tensor, image: Tensor) -> QuantizationError:
+    """How far `image` is from `values`. Both: same shape, float. Computed in float64.
+
+    >>> quantization_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
+    QuantizationError(max=0.5, mse=0.125, sqnr_db=20.0)
+    """
+    if values.shape != image.shape:
+        raise RecipeError(f"shapes differ: {tuple(values.shape)} and {tuple(image.shape)}")
+    difference = values.double() - image.double()
+    mse = difference.square().mean().item()
+    power = values.double().square().mean().item()
+    if mse == 0:
+        sqnr_db = math.inf
+    else:
+        sqnr_db = 10 * math.log10(power / mse) if power else -math.inf
+    return QuantizationError(difference.abs().max().item(), mse, sqnr_db)

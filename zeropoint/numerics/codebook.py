@@ -1,0 +1,27 @@
+"""Codebooks: real = scale * levels[code], with scale = max |r| of the block.
+
+Source: QLoRA (arXiv:2305.14314) section 3 for nf4; bitsandbytes for the code order of both tables.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zeropoint.numerics.formats import Format
+
+
+def codebook_codes(blocks: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """The code of the level nearest to real / scale. blocks: (R, G, B) float; scale: (R, G); returns uint8."""
+    assert fmt.levels is not None
+    levels, order = torch.tensor(fmt.levels, device=blocks.device).sort()
+    midpoints = (levels[1:] + levels[:-1]) / 2
+    normalised = blocks.float() / scale.unsqueeze(-1).float()
+    return order.to(torch.uint8)[torch.bucketize(normalised, midpoints)]
+
+
+def codebook_values(codes: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """real = scale * levels[codes]. codes: (R, G, B) uint8; scale: (R, G); returns float32."""
+    assert fmt.levels is not None
+    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=codes.device)
+    return levels[codes.int()].mul_(scale.unsqueeze(-1).float())

@@ -1,0 +1,110 @@
+"""THE table of number formats. To add one, add a row: everything else reads from here.
+
+Integer and codebook formats store a code per value and a scale per block of values:
+
+    integer:   real = scale * (code - zero_point)
+    codebook:  real = scale * levels[code]
+    float8:    real = scale * code            (the code is itself a small float)
+    downcast:  real = code                    (no scale: bfloat16, float16)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from zeropoint.errors import UnknownNameError, nearest
+
+Kind = Literal["integer", "codebook", "float8", "downcast"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One number format.
+
+    bits: storage bits of a code. kind: which of the four equations above applies.
+    levels: real values of the codes of a codebook, in code order, the largest magnitude being 1.
+    dtype: the torch dtype of a float8 or downcast code.
+    group_size: values that share a scale unless the user says otherwise; None means one scale per channel.
+    symmetric: zero_point = 0 unless the user says otherwise. Always True for kinds without a zero point.
+    """
+
+    name: str
+    bits: int
+    kind: Kind
+    levels: tuple[float, ...] | None = None
+    dtype: torch.dtype | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+
+    @property
+    def q_min(self) -> int:
+        """Smallest code of an integer format: -2^(bits - 1)."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def q_max(self) -> int:
+        """Largest code of an integer format: 2^(bits - 1) - 1."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def real_max(self) -> float:
+        """Largest magnitude a code stands for at scale 1."""
+        if self.kind == "integer":
+            return float(self.q_max)
+        if self.kind == "codebook":
+            return 1.0
+        assert self.dtype is not None
+        return torch.finfo(self.dtype).max
+
+
+# Appendix E of QLoRA, arXiv:2305.14314: quantiles of N(0, 1) with an exact zero, normalised to [-1, 1].
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+# bitsandbytes' fp4 (sign, 2 exponent bits, 1 mantissa bit), in its code order; 0.0625 / 12 is its one subnormal.
+_FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+FP4_LEVELS = _FP4_MAGNITUDES + tuple(-m for m in _FP4_MAGNITUDES)
+
+
+def _integer(bits: int, group_size: int | None) -> Format:
+    return Format(
+        name=f"int{bits}", bits=bits, kind="integer", group_size=group_size, symmetric=bits == 8
+    )
+
+
+_ROWS = (
+    _integer(2, 32),
+    _integer(3, 32),
+    _integer(4, 32),
+    _integer(5, 64),
+    _integer(6, 64),
+    _integer(7, 64),
+    _integer(8, None),
+    Format(name="nf4", bits=4, kind="codebook", levels=NF4_LEVELS, group_size=64),
+    Format(name="fp4", bits=4, kind="codebook", levels=FP4_LEVELS, group_size=64),
+    Format(name="float8_e4m3fn", bits=8, kind="float8", dtype=torch.float8_e4m3fn),
+    Format(name="float8_e5m2", bits=8, kind="float8", dtype=torch.float8_e5m2),
+    Format(name="bfloat16", bits=16, kind="downcast", dtype=torch.bfloat16),
+    Format(name="float16", bits=16, kind="downcast", dtype=torch.float16),
+)
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
+
+SCALE_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+def get_format(name: str) -> Format:
+    """The row called `name`. Raises UnknownNameError with the nearest names."""
+    if name not in FORMATS:
+        raise UnknownNameError(f"{name!r} is not a format; {nearest(str(name), FORMATS)}")
+    return FORMATS[name]

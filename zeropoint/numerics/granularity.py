@@ -1,0 +1,57 @@
+"""Which values share a scale: all of them, one output channel (axis 0), or a group along the input dimension.
+
+Every function here sees a tensor as a matrix of N rows (axis 0) and K columns (all other axes, flattened)
+and cuts it into blocks: (R, G, B) = rows of blocks, blocks per row, values per block.
+Scales and zero points have shape (R, G): (1, 1) per tensor, (N, 1) per channel, (N, K // group_size) per group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from zeropoint.errors import GroupSizeError, RecipeError
+
+Granularity = Literal["tensor", "channel", "group"]
+GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "group")
+
+
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
+    """(N, K) of a shape: axis 0, and the product of the others. A vector is one row; a scalar is 1 x 1."""
+    if len(shape) <= 1:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
+
+
+def scale_shape(
+    shape: Sequence[int], granularity: Granularity, group_size: int | None
+) -> tuple[int, int]:
+    """(R, G): the shape of the scales of a tensor of this shape. Raises GroupSizeError."""
+    n, k = rows_and_columns(shape)
+    if granularity == "tensor":
+        return 1, 1
+    if granularity == "channel":
+        return n, 1
+    if group_size is None or group_size < 1:
+        raise GroupSizeError(
+            f"group_size={group_size!r} is not a positive number; per group needs one"
+        )
+    if k % group_size:
+        divisors = [d for d in range(2, group_size) if k % d == 0]
+        smaller = f"group_size={divisors[-1]}, " if divisors else ""
+        raise GroupSizeError(
+            f"K={k} is not a multiple of group_size={group_size}; use {smaller}group_size=-1 (per channel) "
+            "or exclude this module"
+        )
+    return n, k // group_size
+
+
+def blocked(values: Tensor, granularity: Granularity, group_size: int | None) -> Tensor:
+    """View or copy of `values` as (R, G, B) blocks that share a scale. Raises GroupSizeError."""
+    if granularity not in GRANULARITIES:
+        raise RecipeError(f"granularity={granularity!r} is not one of {', '.join(GRANULARITIES)}")
+    rows, groups = scale_shape(values.shape, granularity, group_size)
+    return values.reshape(rows, groups, -1 if values.numel() else 0)

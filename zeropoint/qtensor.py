@@ -1,0 +1,181 @@
+"""QTensor: a quantized weight as plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from zeropoint.errors import CheckpointError
+from zeropoint.numerics import (
+    Quantized,
+    dequantize,
+    get_scale_dtype,
+    pack,
+    rows_and_columns,
+    scale_shape,
+    unpack,
+)
+from zeropoint.numerics.packing import row_bytes
+from zeropoint.scheme import Scheme
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class QTensor:
+    """Codes, scales and zero points of one weight. real = scale * (codes - zero_point).
+
+    packed: (N * row_bytes,) uint8, rows one after the other, low bits first (`numerics.packing`); integer codes are
+        stored as code - q_min. A downcast is stored as it is: shape `shape`, bfloat16 or float16.
+    scale: (R, G) of scheme.scale_dtype, or None for a downcast. zero_point: (R, G) int8, or None when symmetric.
+    shape: of the weight. dtype: what `dequantize()` returns, the dtype the weight had.
+    """
+
+    packed: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+    scheme: Scheme
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def from_codes(cls, quantized: Quantized, scheme: Scheme, dtype: torch.dtype) -> QTensor:
+        """Pack what `numerics.quantize` returned."""
+        codes = quantized.codes
+        fmt = scheme.fmt
+        if fmt.kind == "downcast":
+            packed = codes
+        elif fmt.kind == "float8":
+            packed = codes.reshape(-1).view(torch.uint8)
+        else:
+            unsigned = (codes.int() - fmt.q_min).to(torch.uint8) if fmt.kind == "integer" else codes
+            packed = pack(unsigned.reshape(rows_and_columns(codes.shape)), fmt.bits).view(-1)
+        return cls(
+            packed=packed.contiguous(),
+            scale=quantized.scale,
+            zero_point=quantized.zero_point,
+            scheme=scheme,
+            shape=codes.shape,
+            dtype=dtype,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, scales and zero points included, per weight."""
+        return 8 * self.nbytes / max(1, self.shape.numel())
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that exist, by the suffix they have beside the weight's name: "", "_scale", "_zero_point"."""
+        parts = {"": self.packed, "_scale": self.scale, "_zero_point": self.zero_point}
+        return {suffix: part for suffix, part in parts.items() if part is not None}
+
+    @property
+    def codes(self) -> Tensor:
+        """Unpacked codes, of shape `shape`: int8, uint8 (codebook), float8, or the downcast itself."""
+        fmt = self.scheme.fmt
+        if fmt.kind == "downcast":
+            return self.packed
+        if fmt.kind == "float8":
+            assert fmt.dtype is not None
+            return self.packed.view(fmt.dtype).view(self.shape)
+        n, k = rows_and_columns(self.shape)
+        codes = unpack(self.packed.view(n, -1), fmt.bits, k).reshape(self.shape)
+        return (codes.short() + fmt.q_min).to(torch.int8) if fmt.kind == "integer" else codes
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """real = scale * (codes - zero_point), computed in float32. Returns `shape`, in `dtype` or self.dtype."""
+        real = dequantize(self.codes, self.scale, self.zero_point, self.scheme.format)
+        return real.to(dtype or self.dtype)
+
+    def rows(self, indices: Tensor) -> QTensor:
+        """The rows `indices` (1-D, int) of a 2-D weight, without unpacking the others."""
+        n, _ = self.shape
+        if self.scheme.granularity == "tensor":
+            scale, zero_point = self.scale, self.zero_point
+        else:
+            scale = None if self.scale is None else self.scale[indices]
+            zero_point = None if self.zero_point is None else self.zero_point[indices]
+        packed = self.packed.view(n, -1)[indices]
+        return replace(
+            self,
+            packed=packed if self.scheme.fmt.kind == "downcast" else packed.view(-1),
+            scale=scale,
+            zero_point=zero_point,
+            shape=torch.Size((len(indices), self.shape[1])),
+        )
+
+    def to(self, device: torch.device | str) -> QTensor:
+        """The same weight on another device."""
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            scale=None if self.scale is None else self.scale.to(device),
+            zero_point=None if self.zero_point is None else self.zero_point.to(device),
+        )
+
+    def __repr__(self) -> str:
+        head = f"QTensor({self.scheme}, shape={tuple(self.shape)}, {self.bits_per_weight:.2f} bits per weight"
+        lines = [head + f", dtype={self.dtype}, device={self.device}"]
+        if self.device.type != "meta":
+            for name, part in (
+                ("codes", self.codes),
+                ("scale", self.scale),
+                ("zero_point", self.zero_point),
+            ):
+                if part is not None:
+                    lines.append(f"  {name}={_indented(part, len(name) + 3)}")
+        return ",\n".join(lines) + ")"
+
+
+def _indented(part: Tensor, width: int) -> str:
+    return repr(part).replace("\n", "\n" + " " * width)
+
+
+def part_specs(
+    shape: Sequence[int], scheme: Scheme
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype that each part of a weight of this shape must have, by suffix as in `QTensor.parts`."""
+    fmt = scheme.fmt
+    n, k = rows_and_columns(shape)
+    if fmt.kind == "downcast":
+        assert fmt.dtype is not None
+        return {"": (tuple(shape), fmt.dtype)}
+    blocks = scale_shape(shape, scheme.granularity, scheme.group_size)
+    specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "": ((n * row_bytes(k, fmt.bits),), torch.uint8),
+        "_scale": (blocks, get_scale_dtype(scheme.scale_dtype)),
+    }
+    if not scheme.symmetric:
+        specs["_zero_point"] = (blocks, torch.int8)
+    return specs
+
+
+def check_parts(
+    name: str, parts: dict[str, Tensor], shape: Sequence[int], scheme: Scheme
+) -> None:
+    """Raises CheckpointError when a part is missing, extra, or not of the shape and dtype it must have."""
+    specs = part_specs(shape, scheme)
+    for suffix in specs.keys() | parts.keys():
+        if suffix not in parts:
+            raise CheckpointError(f"{name}{suffix} is missing; {scheme} needs it")
+        if suffix not in specs:
+            raise CheckpointError(f"{name}{suffix} is there, but {scheme} has no such part")
+        want_shape, want_dtype = specs[suffix]
+        part = parts[suffix]
+        if tuple(part.shape) != want_shape or part.dtype != want_dtype:
+            raise CheckpointError(
+                f"{name}{suffix} is {tuple(part.shape)} {part.dtype}, but {scheme} of shape {tuple(shape)} "
+                f"needs {want_shape} {want_dtype}"
+            )

@@ -1,0 +1,252 @@
+"""How one weight is stored (`Scheme`), and which weights get which scheme (`Recipe`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from zeropoint.errors import RecipeError, UnknownNameError, nearest
+from zeropoint.numerics import Format, get_format, get_scale_dtype, rows_and_columns, scale_shape
+from zeropoint.numerics.granularity import GRANULARITIES, Granularity
+from zeropoint.numerics.packing import row_bytes
+
+PER_CHANNEL = -1  # group_size=-1, the field's spelling of "one scale per output channel"
+
+Role = Literal["linear", "embedding", "head"]
+ROLES: tuple[Role, ...] = ("linear", "embedding", "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Format + granularity + symmetric or not + scale dtype: how one weight is stored and computed.
+
+    format: a name of `zeropoint.numerics.FORMATS`. granularity: "tensor", "channel" (axis 0) or "group".
+    group_size: values along K that share a scale, for "group" only. symmetric: zero_point = 0.
+    scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to it.
+    Raises UnknownNameError, RecipeError. `Scheme.of` fills in the format's defaults.
+    """
+
+    format: str
+    granularity: Granularity = "channel"
+    group_size: int | None = None
+    symmetric: bool = True
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        fmt = get_format(self.format)
+        get_scale_dtype(self.scale_dtype)
+        if self.granularity not in GRANULARITIES:
+            raise UnknownNameError(
+                f"granularity={self.granularity!r} is unknown; {nearest(str(self.granularity), GRANULARITIES)}"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise RecipeError(f"symmetric={self.symmetric!r} is not true or false")
+        if self.granularity == "group":
+            _check_group_size(self.group_size)
+        elif self.group_size is not None:
+            raise RecipeError(
+                f"group_size={self.group_size} with granularity={self.granularity!r}; "
+                "use granularity='group' or leave group_size out"
+            )
+        if not self.symmetric and fmt.kind != "integer":
+            raise RecipeError(f"symmetric=False: {fmt.name} has no zero point; leave symmetric out")
+        if fmt.kind == "downcast" and self.granularity == "group":
+            raise RecipeError(f"group_size={self.group_size}: {fmt.name} has no scales; leave it out")
+
+    @classmethod
+    def of(
+        cls, format: str, *, group_size: int | None = None, symmetric: bool | None = None
+    ) -> Scheme:
+        """The scheme that `format` has by default, changed where an argument is given.
+
+        group_size: None for the format's default, -1 for one scale per channel. symmetric: None for the default.
+
+        >>> str(Scheme.of("int4"))
+        'int4 g32 asymmetric'
+        >>> str(Scheme.of("int4", group_size=-1, symmetric=True))
+        'int4 per channel'
+        """
+        fmt = get_format(format)
+        size = fmt.group_size if group_size is None else group_size
+        if size == PER_CHANNEL:
+            size = None
+        return cls(
+            format=format,
+            granularity="channel" if size is None else "group",
+            group_size=size,
+            symmetric=fmt.symmetric if symmetric is None else symmetric,
+            scale_dtype="float32" if size is None else "float16",
+        )
+
+    @property
+    def fmt(self) -> Format:
+        """The format's row in the table."""
+        return get_format(self.format)
+
+    def storage_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of codes, scales and zero points of a weight of this shape. Raises GroupSizeError."""
+        n, k = rows_and_columns(shape)
+        codes = n * row_bytes(k, self.fmt.bits)
+        if self.fmt.kind == "downcast":
+            return codes
+        rows, groups = scale_shape(shape, self.granularity, self.group_size)
+        return codes + rows * groups * (
+            get_scale_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else 1)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields by name, leaving out a group_size of None. `Scheme(**d)` is the inverse."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    def __str__(self) -> str:
+        if self.fmt.kind == "downcast":
+            return self.format
+        where = f"g{self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
+        return f"{self.format} {where}" + ("" if self.symmetric else " asymmetric")
+
+
+def _check_group_size(value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(
+            f"group_size={value!r} is not a positive integer; use 32, 64 or 128, or -1 for per channel"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """`match` -> scheme, or keep. First match wins.
+
+    match: `fnmatch` pattern on the module's full name. role: only modules of this role, or any.
+    scheme: how to store the weight; None keeps it as it is.
+    """
+
+    match: str
+    role: Role | None = None
+    scheme: Scheme | None = None
+
+    def __post_init__(self) -> None:
+        if self.role is not None and self.role not in ROLES:
+            raise UnknownNameError(f"role={self.role!r} is unknown; {nearest(str(self.role), ROLES)}")
+
+    def matches(self, name: str, role: Role) -> bool:
+        """Whether this rule speaks about the module `name` of this role."""
+        return self.role in (None, role) and fnmatchcase(name, self.match)
+
+    def __str__(self) -> str:
+        return repr(self.match) + (f" ({self.role})" if self.role else "")
+
+
+_RULE_KEYS = ("match", "role", "weights", "granularity", "group_size", "symmetric", "scale_dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Ordered rules; the first that matches a module decides. A module that no rule matches is kept.
+
+    min_coverage: share of the weight elements that no rule keeps which must end up quantized (0 to 1);
+    `zp.quantize(strict=True)` refuses less. Serializes to YAML or JSON; `docs/recipes.md` shows the file.
+    """
+
+    rules: tuple[Rule, ...]
+    min_coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise RecipeError("a recipe without rules quantizes nothing; add {match: '*', weights: int8}")
+        if not 0 <= self.min_coverage <= 1:
+            raise RecipeError(f"min_coverage={self.min_coverage} is not a share between 0 and 1")
+
+    def first_match(self, name: str, role: Role) -> Rule | None:
+        """The rule that decides about this module, or None."""
+        return next((rule for rule in self.rules if rule.matches(name, role)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: `{min_coverage, rules: [{match, role?, weights, ...}]}`; `from_dict` is the inverse."""
+        rules = []
+        for rule in self.rules:
+            row: dict[str, Any] = {"match": rule.match}
+            if rule.role:
+                row["role"] = rule.role
+            if rule.scheme is None:
+                row["weights"] = "keep"
+            else:
+                fields = rule.scheme.to_dict()
+                row |= {"weights": fields.pop("format"), **fields}
+            rules.append(row)
+        return {"min_coverage": self.min_coverage, "rules": rules}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Inverse of `to_dict`; fields left out take the format's defaults. Raises RecipeError, UnknownNameError."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("rules"), list):
+            raise RecipeError("a recipe is a mapping with a list called 'rules'")
+        _check_keys(data, ("min_coverage", "rules"), "recipe")
+        coverage = data.get("min_coverage", 0.9)
+        if not isinstance(coverage, (int, float)):
+            raise RecipeError(f"min_coverage={coverage!r} is not a number between 0 and 1")
+        return cls(rules=tuple(_rule(row) for row in data["rules"]), min_coverage=coverage)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Inverse of `to_yaml`; also reads JSON, which is YAML. Raises RecipeError."""
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise RecipeError(f"not YAML: {e}") from e
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe file (YAML or JSON). Raises RecipeError naming the file."""
+        try:
+            return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            raise RecipeError(f"{path}: cannot be read: {e}") from e
+        except (RecipeError, UnknownNameError) as e:
+            raise type(e)(f"{path}: {e}") from e
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as YAML, or as JSON when the name ends in .json."""
+        is_json = str(path).endswith(".json")
+        text = json.dumps(self.to_dict(), indent=2) + "\n" if is_json else self.to_yaml()
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _check_keys(data: Mapping[Any, Any], known: tuple[str, ...], what: str) -> None:
+    for key in data:
+        if key not in known:
+            raise RecipeError(f"{what} has no field {key!r}; {nearest(str(key), known)}")
+
+
+def _rule(row: Any) -> Rule:
+    if not isinstance(row, Mapping) or not isinstance(row.get("match"), str):
+        raise RecipeError(f"a rule is a mapping with a pattern called 'match', not {row!r}")
+    _check_keys(row, _RULE_KEYS, "a rule")
+    weights = row.get("weights")
+    options = {k: row[k] for k in _RULE_KEYS[3:] if k in row}
+    if weights == "keep":
+        if options:
+            raise RecipeError(f"rule {row['match']!r} keeps its modules; remove {', '.join(options)}")
+        return Rule(match=row["match"], role=row.get("role"))
+    if not isinstance(weights, str):
+        raise RecipeError(f"rule {row['match']!r} needs weights: a format name, or keep")
+    if options.get("granularity") in ("tensor", "channel"):
+        default = Scheme.of(weights, group_size=PER_CHANNEL)
+    else:
+        default = Scheme.of(weights, group_size=options.get("group_size"))
+    if options.get("group_size") == PER_CHANNEL:
+        del options["group_size"]
+    return Rule(
+        match=row["match"], role=row.get("role"), scheme=dataclasses.replace(default, **options)
+    )
