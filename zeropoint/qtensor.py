@@ -91,7 +91,8 @@ class QTensor:
             assert fmt.dtype is not None
             return self.packed.view(fmt.dtype).view(self.shape)
         n, k = rows_and_columns(self.shape)
-        codes = unpack(self.packed.view(n, -1), fmt.bits, k).reshape(self.shape)
+        rows = self.packed.view(n, row_bytes(k, fmt.bits))
+        codes = unpack(rows, fmt.bits, k).reshape(self.shape)
         return (codes.short() + fmt.q_min).to(torch.int8) if fmt.kind == "integer" else codes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -162,12 +163,10 @@ def part_specs(
     return specs
 
 
-def check_parts(
-    name: str, parts: dict[str, Tensor], shape: Sequence[int], scheme: Scheme
-) -> None:
+def check_parts(name: str, parts: dict[str, Tensor], shape: Sequence[int], scheme: Scheme) -> None:
     """Raises CheckpointError when a part is missing, extra, or not of the shape and dtype it must have."""
     specs = part_specs(shape, scheme)
-    for suffix in specs.keys() | parts.keys():
+    for suffix in dict.fromkeys((*specs, *parts)):
         if suffix not in parts:
             raise CheckpointError(f"{name}{suffix} is missing; {scheme} needs it")
         if suffix not in specs:

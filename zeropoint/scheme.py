@@ -58,7 +58,9 @@ class Scheme:
         if not self.symmetric and fmt.kind != "integer":
             raise RecipeError(f"symmetric=False: {fmt.name} has no zero point; leave symmetric out")
         if fmt.kind == "downcast" and self.granularity == "group":
-            raise RecipeError(f"group_size={self.group_size}: {fmt.name} has no scales; leave it out")
+            raise RecipeError(
+                f"group_size={self.group_size}: {fmt.name} has no scales; leave it out"
+            )
 
     @classmethod
     def of(
@@ -133,7 +135,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.role is not None and self.role not in ROLES:
-            raise UnknownNameError(f"role={self.role!r} is unknown; {nearest(str(self.role), ROLES)}")
+            raise UnknownNameError(
+                f"role={self.role!r} is unknown; {nearest(str(self.role), ROLES)}"
+            )
 
     def matches(self, name: str, role: Role) -> bool:
         """Whether this rule speaks about the module `name` of this role."""
@@ -159,7 +163,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.rules:
-            raise RecipeError("a recipe without rules quantizes nothing; add {match: '*', weights: int8}")
+            raise RecipeError(
+                "a recipe without rules quantizes nothing; add {match: '*', weights: int8}"
+            )
         if not 0 <= self.min_coverage <= 1:
             raise RecipeError(f"min_coverage={self.min_coverage} is not a share between 0 and 1")
 
@@ -199,11 +205,14 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
-        """Inverse of `to_yaml`; also reads JSON, which is YAML. Raises RecipeError."""
+        """Inverse of `to_yaml`; also reads JSON. Raises RecipeError."""
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise RecipeError(f"not YAML: {e}") from e
+            data = json.loads(text)  # first: YAML 1.1 reads some of JSON's numbers as text
+        except ValueError:
+            try:
+                data = yaml.safe_load(text)
+            except yaml.YAMLError as e:
+                raise RecipeError(f"neither YAML nor JSON: {e}") from e
         return cls.from_dict(data)
 
     @classmethod
@@ -234,19 +243,20 @@ def _rule(row: Any) -> Rule:
         raise RecipeError(f"a rule is a mapping with a pattern called 'match', not {row!r}")
     _check_keys(row, _RULE_KEYS, "a rule")
     weights = row.get("weights")
-    options = {k: row[k] for k in _RULE_KEYS[3:] if k in row}
+    options = {k: row[k] for k in _RULE_KEYS[3:] if row.get(k) is not None}
     if weights == "keep":
         if options:
-            raise RecipeError(f"rule {row['match']!r} keeps its modules; remove {', '.join(options)}")
+            raise RecipeError(
+                f"rule {row['match']!r} keeps its modules; remove {', '.join(options)}"
+            )
         return Rule(match=row["match"], role=row.get("role"))
     if not isinstance(weights, str):
         raise RecipeError(f"rule {row['match']!r} needs weights: a format name, or keep")
-    if options.get("granularity") in ("tensor", "channel"):
-        default = Scheme.of(weights, group_size=PER_CHANNEL)
-    else:
-        default = Scheme.of(weights, group_size=options.get("group_size"))
     if options.get("group_size") == PER_CHANNEL:
         del options["group_size"]
+        options.setdefault("granularity", "channel")
+    per_block = options.get("granularity") in ("tensor", "channel")
+    default = Scheme.of(weights, group_size=PER_CHANNEL if per_block else options.get("group_size"))
     return Rule(
         match=row["match"], role=row.get("role"), scheme=dataclasses.replace(default, **options)
     )

@@ -52,7 +52,9 @@ def replace_directory(
         raise CheckpointError(f"{path} cannot be written: {e}") from e
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # what is left of the new one, or the old one
+            shutil.rmtree(
+                temporary, ignore_errors=True
+            )  # what is left of the new one, or the old one
 
 
 def check_writable(path: Path, may_replace: Callable[[Path], str | None]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from zeropoint.checkpoints.atomic import replace_directory
 from zeropoint.errors import CheckpointError, ZeropointError
+from zeropoint.progress import OnStep, no_progress
 from zeropoint.qtensor import QTensor, check_parts
 from zeropoint.scheme import Recipe, Scheme
 
@@ -35,7 +36,9 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 QUANT_METHOD = "zeropoint"
 MAX_SHARD_BYTES = 5_000_000_000
-_SLACK_BYTES = 32_000_000  # headers, configuration, tokenizer: what a checkpoint holds beside its tensors
+_SLACK_BYTES = (
+    32_000_000  # headers, configuration, tokenizer: what a checkpoint holds beside its tensors
+)
 _SUFFIXES = ("", "_scale", "_zero_point")
 
 
@@ -96,7 +99,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata=metadata)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata=metadata)
@@ -197,7 +200,9 @@ def read_config(path: Path) -> dict[str, Any]:
 def _recipe(path: Path, config: Mapping[str, Any]) -> Recipe:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{path}/{CONFIG} has no quantization_config of quant_method {QUANT_METHOD!r}")
+        raise CheckpointError(
+            f"{path}/{CONFIG} has no quantization_config of quant_method {QUANT_METHOD!r}"
+        )
     try:
         return Recipe.from_dict(quantization.get("recipe"))
     except ZeropointError as e:
@@ -291,16 +296,19 @@ def _tensor(name: str, row: Mapping[str, Any], stored: dict[str, Tensor]) -> Ten
 # --- verifying --------------------------------------------------------------------------------------------------------
 
 
-def verify(path: Path, on_step: Callable[[str, int, int], None] | None = None) -> list[str]:
+def verify(path: str | Path, *, on_step: OnStep = no_progress) -> list[str]:
     """Every problem of a checkpoint, in words; an empty list when it is sound.
 
     Checks: manifest, sizes and SHA-256 of all files, files nobody listed, every tensor's presence, shape and dtype,
     scales and other floats finite, scales positive, the configuration's recipe.
     """
+    path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
     if not is_checkpoint(path):
-        raise CheckpointError(f"{path} holds no {MANIFEST}; only zeropoint checkpoints can be verified")
+        raise CheckpointError(
+            f"{path} holds no {MANIFEST}; only zeropoint checkpoints can be verified"
+        )
     try:
         manifest = _read_manifest(path)
     except CheckpointError as e:
@@ -308,15 +316,16 @@ def verify(path: Path, on_step: Callable[[str, int, int], None] | None = None) -
     problems = []
     files: dict[str, Any] = manifest["files"]
     for done, (file, row) in enumerate(files.items()):
-        if on_step is not None:
-            on_step(file, done, len(files))
+        on_step(file, done, len(files))
         problem = _file_problem(path, file, row)
         if problem is not None:
             problems.append(problem)
     listed = {*files, MANIFEST}
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
     problems += [f"{file} is not in the manifest" for file in sorted(present - listed)]
-    problems += _tensor_problems(path, manifest, sorted(f for f in present if f.endswith(".safetensors")))
+    problems += _tensor_problems(
+        path, manifest, sorted(f for f in present if f.endswith(".safetensors"))
+    )
     try:
         _recipe(path, _read_json(path / CONFIG))
     except CheckpointError as e:

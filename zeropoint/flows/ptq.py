@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -40,15 +40,10 @@ from zeropoint.model.walk import (
 )
 from zeropoint.nn import QModule, quantized_type
 from zeropoint.numerics import check_finite
+from zeropoint.progress import OnStep, no_progress
 from zeropoint.scheme import PER_CHANNEL, Recipe, Role, Rule, Scheme
 
 Patterns = str | Sequence[str] | None
-OnStep = Callable[[str, int, int], None]
-"""Progress: (what is being done, steps done, steps in all)."""
-
-
-def no_progress(what: str, done: int, total: int) -> None:
-    """The default `on_step`: says nothing."""
 
 
 def quantize(
@@ -80,11 +75,23 @@ def quantize(
         if site.module is model:
             replace_module(model, site.names, model)  # raises
         if next(site.module.parameters()).device.type == "meta":
-            raise StateError(f"{site.name} is on the meta device, without values; load the weights first")
+            raise StateError(
+                f"{site.name} is on the meta device, without values; load the weights first"
+            )
     if recipe is None:
-        recipe = _recipe(weights or "int8", group_size, symmetric, _patterns(include), _patterns(exclude), model, sites)
+        recipe = _recipe(
+            weights or "int8",
+            group_size,
+            symmetric,
+            _patterns(include),
+            _patterns(exclude),
+            model,
+            sites,
+        )
     elif any(v is not None for v in (weights, group_size, symmetric, include, exclude)):
-        raise RecipeError("give either a recipe, or weights / group_size / symmetric / include / exclude")
+        raise RecipeError(
+            "give either a recipe, or weights / group_size / symmetric / include / exclude"
+        )
     plan = _plan(model, sites, recipe)
     warnings = [*_check_rules(plan, recipe, sites), *plan.obstacles, *_check_coverage(plan, recipe)]
     if strict and warnings:
@@ -162,7 +169,9 @@ def _patterns(value: Patterns) -> tuple[str, ...] | None:
         return None
     patterns = (value,) if isinstance(value, str) else tuple(value)
     if not patterns:
-        raise UnusedRuleError("an empty list of patterns matches nothing; leave include / exclude out")
+        raise UnusedRuleError(
+            "an empty list of patterns matches nothing; leave include / exclude out"
+        )
     return patterns
 
 
@@ -287,13 +296,21 @@ def _check_rules(plan: _Plan, recipe: Recipe, sites: list[Site]) -> list[Zeropoi
     for rule in recipe.rules:
         if rule in plan.used:
             continue
-        names = [n for s in sites for n in s.names if rule.matches(n, s.role or rule.role or "linear")]
+        names = [
+            n for s in sites for n in s.names if rule.matches(n, s.role or rule.role or "linear")
+        ]
         if names:
             earlier = any(_rule_of(s, recipe) is not rule for s in sites if names[0] in s.names)
             why = "an earlier rule takes them all" if earlier else "none of them can be quantized"
-            errors.append(UnusedRuleError(f"rule {rule} decides nothing: of {names[0]!r} and others, {why}"))
+            errors.append(
+                UnusedRuleError(f"rule {rule} decides nothing: of {names[0]!r} and others, {why}")
+            )
         else:
-            close = nearest(rule.match, dict.fromkeys(s.name for s in sites)) if sites else "no weight matrices"
+            close = (
+                nearest(rule.match, dict.fromkeys(s.name for s in sites))
+                if sites
+                else "no weight matrices"
+            )
             errors.append(UnusedRuleError(f"rule {rule} matched no module; {close}"))
     return errors
 
@@ -338,8 +355,14 @@ def _report(
             shape = quantized.weight_shape(site.module)
             after = scheme.storage_bytes(shape)
             device = next(site.module.parameters()).device.type
-            op = "embedding" if site.role == "embedding" else "linear"
-            kernel = choose(Spec(op=op, scheme=scheme, shape=shape, device=device)).kernel
+            kernel = choose(
+                Spec(
+                    op="embedding" if site.role == "embedding" else "linear",
+                    scheme=scheme,
+                    shape=shape,
+                    device=device,
+                )
+            ).kernel
         if owner is not site:
             before = after = 0
             reason = reason or f"tied to {owner.name}"

@@ -1,16 +1,19 @@
-"""The operators that quantized modules call: schema, checks, shapes for tracing, gradient. One contract for all kernels.
+"""The operators that quantized modules call: schema, checks, shapes for tracing, gradients.
 
-Registered with `torch.library.Library`, so `torch.compile`, `torch.export` and autograd see single operators:
+Registered with `torch.library.Library`, so `torch.compile`, `torch.export` and autograd see single
+operators. One contract for all kernels:
 
     zeropoint::linear     y = x @ dequantize(weight).T + bias
     zeropoint::embedding  y = dequantize(weight)[indices]
-    zeropoint::image      y = dequantize(quantize(weight)), gradient passed straight through (live modules)
+    zeropoint::image      y = dequantize(quantize(weight)), gradient passed straight through
 
-A weight travels as its parts (packed, scale, zero_point) and its scheme's fields, because operators take tensors.
+A weight travels as its parts (packed, scale, zero_point) and its scheme's fields, because operators
+take tensors; `weight_arguments` and `_weight` convert.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,19 +21,24 @@ import torch
 from torch import Tensor
 
 from zeropoint.kernels.select import get_kernel
-from zeropoint.numerics import fake_quantize, get_format
-from zeropoint.qtensor import QTensor
+from zeropoint.numerics import fake_quantize
+from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
 _WEIGHT = (
-    "Tensor packed, Tensor? scale, Tensor? zero_point, str format, str granularity, int group_size, int[] shape"
+    "Tensor packed, Tensor? scale, Tensor? zero_point, "
+    "str format, str granularity, int group_size, int[] shape"
 )
 _LIBRARY = torch.library.Library("zeropoint", "DEF")
 _LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str kernel) -> Tensor")
 _LIBRARY.define(f"embedding(Tensor indices, {_WEIGHT}, ScalarType dtype, str kernel) -> Tensor")
 _LIBRARY.define(
-    "image(Tensor weight, str format, str granularity, int group_size, bool symmetric, str scale_dtype) -> Tensor"
+    "image(Tensor weight, str format, str granularity, int group_size, bool symmetric, "
+    "str scale_dtype) -> Tensor"
 )
+
+
+# --- a weight as arguments of an operator, and back -----------------------------------------------
 
 
 def weight_arguments(weight: QTensor) -> tuple[Any, ...]:
@@ -47,6 +55,40 @@ def weight_arguments(weight: QTensor) -> tuple[Any, ...]:
     )
 
 
+def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
+    """Inverse of `weight_arguments`, after checking that the parts fit together."""
+    packed, scale, zero_point, format, granularity, group_size, shape = arguments
+    torch._check(
+        len(shape) == 2, lambda: f"weight shape is {shape}; linear and embedding need (N, K)"
+    )
+    scale_dtype = "float32" if scale is None else str(scale.dtype).removeprefix("torch.")
+    scheme = _scheme(format, granularity, group_size, zero_point is None, scale_dtype)
+    weight = QTensor(
+        packed=packed,
+        scale=scale,
+        zero_point=zero_point,
+        scheme=scheme,
+        shape=torch.Size(shape),
+        dtype=dtype,
+    )
+    specs = _specs(weight.shape, scheme)
+    parts = weight.parts
+    torch._check(
+        parts.keys() == specs.keys(),
+        lambda: f"a weight of {scheme} has the parts {list(specs)}, not {list(parts)}",
+    )
+    for suffix, (want_shape, want_dtype) in specs.items():
+        part = parts[suffix]
+        torch._check(
+            tuple(part.shape) == want_shape and part.dtype == want_dtype,
+            lambda: (
+                f"{suffix.lstrip('_') or 'packed'} is {tuple(parts[suffix].shape)} "
+                f"{parts[suffix].dtype}, but {scheme} of {tuple(shape)} needs {specs[suffix]}"
+            ),
+        )
+    return weight
+
+
 @lru_cache
 def _scheme(
     format: str, granularity: Any, group_size: int, symmetric: bool, scale_dtype: str
@@ -60,137 +102,96 @@ def _scheme(
     )
 
 
-def _weight(
-    packed: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    format: str,
-    granularity: Any,
-    group_size: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> QTensor:
-    """Inverse of `weight_arguments`."""
-    scale_dtype = "float32" if scale is None else str(scale.dtype).removeprefix("torch.")
-    scheme = _scheme(format, granularity, group_size, zero_point is None, scale_dtype)
-    return QTensor(
-        packed=packed,
-        scale=scale,
-        zero_point=zero_point,
-        scheme=scheme,
-        shape=torch.Size(shape),
-        dtype=dtype,
-    )
+@lru_cache
+def _specs(shape: torch.Size, scheme: Scheme) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return part_specs(shape, scheme)
 
 
-def _check_weight(packed: Tensor, scale: Tensor | None, format: str, shape: list[int]) -> None:
-    torch._check(len(shape) == 2, lambda: f"weight shape is {shape}; linear and embedding need (N, K)")
-    needs_scale = get_format(format).kind != "downcast"
-    torch._check((scale is not None) == needs_scale, lambda: f"{format}: scale is {scale}")
-    if needs_scale:
-        torch._check(packed.dtype == torch.uint8, lambda: f"packed codes are {packed.dtype}, not uint8")
+# --- linear ---------------------------------------------------------------------------------------
 
 
-def _check_linear(
-    x: Tensor, bias: Tensor | None, packed: Tensor, scale: Tensor | None, format: str, shape: list[int]
-) -> None:
-    _check_weight(packed, scale, format, shape)
-    n, k = shape
+def _linear_inputs(x: Tensor, bias: Tensor | None, weight: Sequence[Any]) -> QTensor:
+    """The weight, after all checks."""
     torch._check(x.is_floating_point(), lambda: f"x is {x.dtype}; linear needs a float dtype")
+    qweight = _weight(weight, x.dtype)
+    n, k = qweight.shape
     torch._check(
-        x.dim() >= 1 and x.shape[-1] == k, lambda: f"x is {tuple(x.shape)}, but weight is {(n, k)}: need (..., {k})"
+        x.dim() >= 1 and x.shape[-1] == k,
+        lambda: f"x is {tuple(x.shape)}, but weight is {(n, k)}: need (..., {k})",
     )
     if bias is not None:
         torch._check(tuple(bias.shape) == (n,), lambda: f"bias is {tuple(bias.shape)}, not ({n},)")
+    return qweight
 
 
-def _linear(
-    x: Tensor,
-    bias: Tensor | None,
-    packed: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    format: str,
-    granularity: str,
-    group_size: int,
-    shape: list[int],
-    kernel: str,
-) -> Tensor:
-    _check_linear(x, bias, packed, scale, format, shape)
-    weight = _weight(packed, scale, zero_point, format, granularity, group_size, shape, x.dtype)
-    return get_kernel(kernel).linear(x, weight, bias)
+def _linear(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    *weight, kernel = arguments
+    return get_kernel(kernel).linear(x, _linear_inputs(x, bias, weight), bias)
 
 
-def _linear_fake(
-    x: Tensor,
-    bias: Tensor | None,
-    packed: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    format: str,
-    granularity: str,
-    group_size: int,
-    shape: list[int],
-    kernel: str,
-) -> Tensor:
-    _check_linear(x, bias, packed, scale, format, shape)
-    return x.new_empty((*x.shape[:-1], shape[0]))
+def _linear_fake(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    weight = _linear_inputs(x, bias, arguments[:-1])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, packed, scale, zero_point, *scheme, shape, _ = inputs
+    x, bias, packed, scale, zero_point, *scheme, _ = inputs
     ctx.save_for_backward(packed, scale, zero_point)
-    ctx.scheme, ctx.shape, ctx.dtype = scheme, shape, x.dtype
+    ctx.scheme, ctx.dtype = scheme, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dL/dx = dL/dy @ weight; dL/dbias = sum of dL/dy over tokens. Codes have no gradient."""
-    packed, scale, zero_point = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = _weight(packed, scale, zero_point, *ctx.scheme, ctx.shape, ctx.dtype)
+        weight = _weight((*ctx.saved_tensors, *ctx.scheme), ctx.dtype)
         grad_x = grad @ weight.dequantize(ctx.dtype)
     if ctx.needs_input_grad[1]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return (grad_x, grad_bias, *([None] * 8))
 
 
-def _embedding(
-    indices: Tensor,
-    packed: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    format: str,
-    granularity: str,
-    group_size: int,
-    shape: list[int],
-    dtype: torch.dtype,
-    kernel: str,
-) -> Tensor:
-    _check_weight(packed, scale, format, shape)
-    weight = _weight(packed, scale, zero_point, format, granularity, group_size, shape, dtype)
+# --- embedding ------------------------------------------------------------------------------------
+
+
+def _embedding_inputs(indices: Tensor, arguments: tuple[Any, ...]) -> QTensor:
+    """The weight, after all checks that need no values."""
+    *weight, dtype, _ = arguments
+    torch._check(
+        indices.dtype in (torch.int32, torch.int64),
+        lambda: f"indices are {indices.dtype}; embedding needs int32 or int64",
+    )
+    return _weight(weight, dtype)
+
+
+def _embedding(indices: Tensor, *arguments: Any) -> Tensor:
+    weight = _embedding_inputs(indices, arguments)
+    if indices.device.type == "cpu" and indices.numel():  # elsewhere it would wait for the device
+        low, high = (int(v) for v in indices.aminmax())
+        if low < 0 or high >= weight.shape[0]:
+            raise IndexError(
+                f"indices from {low} to {high} are outside a table of {weight.shape[0]} rows"
+            )
+    *_, dtype, kernel = arguments
     return get_kernel(kernel).embedding(indices, weight, dtype)
 
 
-def _embedding_fake(
-    indices: Tensor,
-    packed: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    format: str,
-    granularity: str,
-    group_size: int,
-    shape: list[int],
-    dtype: torch.dtype,
-    kernel: str,
-) -> Tensor:
-    _check_weight(packed, scale, format, shape)
-    return packed.new_empty((*indices.shape, shape[1]), dtype=dtype)
+def _embedding_fake(indices: Tensor, *arguments: Any) -> Tensor:
+    weight = _embedding_inputs(indices, arguments)
+    return weight.packed.new_empty((*indices.shape, weight.shape[1]), dtype=weight.dtype)
+
+
+# --- image ----------------------------------------------------------------------------------------
 
 
 def _image(
-    weight: Tensor, format: str, granularity: Any, group_size: int, symmetric: bool, scale_dtype: str
+    weight: Tensor,
+    format: str,
+    granularity: Any,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
 ) -> Tensor:
     return fake_quantize(
         weight,
@@ -199,7 +200,7 @@ def _image(
         group_size=group_size or None,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
-    )
+    ).contiguous()
 
 
 def _image_fake(weight: Tensor, *scheme: Any) -> Tensor:
@@ -211,32 +212,39 @@ def _image_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad, *([None] * 5))
 
 
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("image", _image, "CompositeExplicitAutograd")
-_LIBRARY.impl("embedding", _embedding, "CompositeExplicitAutograd")
-torch.library.register_fake("zeropoint::linear", _linear_fake, lib=_LIBRARY)
-torch.library.register_fake("zeropoint::embedding", _embedding_fake, lib=_LIBRARY)
-torch.library.register_fake("zeropoint::image", _image_fake, lib=_LIBRARY)
+for _name, _function, _fake in (
+    ("linear", _linear, _linear_fake),
+    ("embedding", _embedding, _embedding_fake),
+    ("image", _image, _image_fake),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zeropoint::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("zeropoint::image", _image_backward, lib=_LIBRARY)
 torch.library.register_autograd(
     "zeropoint::linear", _linear_backward, setup_context=_linear_setup, lib=_LIBRARY
 )
 
 
+# --- what modules call ----------------------------------------------------------------------------
+
+
 def linear(x: Tensor, weight: QTensor, bias: Tensor | None, kernel: str) -> Tensor:
-    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of x's dtype."""
+    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); y: (..., N) as x."""
     y: Tensor = torch.ops.zeropoint.linear(x, bias, *weight_arguments(weight), kernel)
     return y
 
 
 def embedding(indices: Tensor, weight: QTensor, dtype: torch.dtype, kernel: str) -> Tensor:
-    """Rows of the weight. indices: (...) int; weight: (N, K); returns (..., K) of `dtype`."""
+    """Rows of the weight. indices: (...) int; weight: (N, K); returns (..., K) of `dtype`.
+
+    Raises IndexError for an index outside the table (on a CPU).
+    """
     y: Tensor = torch.ops.zeropoint.embedding(indices, *weight_arguments(weight), dtype, kernel)
     return y
 
 
 def image(weight: Tensor, scheme: Scheme) -> Tensor:
-    """dequantize(quantize(weight)) with the gradient of the identity. weight: (N, K) float; returns the same.
+    """dequantize(quantize(weight)) with the gradient of the identity. weight: (N, K) float.
 
     Raises NonFiniteError, ScaleRangeError, GroupSizeError.
     """

@@ -1,8 +1,8 @@
 """The oracle: every kernel is compared with this. float64, written from the formulas, sharing no code with the rest.
 
-    bit j of code i of a row = bit (i * bits + j) of the row's bytes
-    real = scale * (code - zero_point), or scale * levels[code], or scale * code
-    y = x @ real.T + bias
+bit j of code i of a row = bit (i * bits + j) of the row's bytes
+real = scale * (code - zero_point), or scale * levels[code], or scale * code
+y = x @ real.T + bias
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def weight_values(weight: QTensor) -> Tensor:
     assert weight.scale is not None
     stored = weight.packed.view(n, -1).long()
     if fmt.kind == "float8":
+        assert fmt.dtype is not None
         codes = stored.to(torch.uint8).view(fmt.dtype).double()
     else:
         first_bit = torch.arange(k, device=stored.device) * fmt.bits

@@ -39,7 +39,7 @@ def choose(spec: Spec) -> Choice:
         if reason is not None and forced != "reference":
             raise KernelError(f"ZEROPOINT_KERNEL={forced} cannot do {spec}: {reason}")
         return Choice(kernel=forced, refused={})
-    refused = {}
+    refused: dict[str, str] = {}
     for name, kernel in KERNELS.items():
         reason = kernel.why_not(spec)
         if reason is None:

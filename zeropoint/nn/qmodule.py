@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ class QModule(nn.Module):
         self.shape = shape
         self.kernel: str | None = None
         self._dtype = dtype
-        self._tied_to: tuple[QModule, ...] = ()  # in a tuple, so that it is not registered as a child
+        self._tied_to: tuple[
+            QModule, ...
+        ] = ()  # in a tuple, so that it is not registered as a child
 
     @classmethod
     @abstractmethod
@@ -48,7 +50,7 @@ class QModule(nn.Module):
         """A float module. Live: with the same parameters. Frozen: with the dequantized weight."""
 
     @staticmethod
-    def weight_shape(module: nn.Module) -> tuple[int, int]:
+    def weight_shape(module: Any) -> tuple[int, int]:
         """(N, K) of the float module's weight."""
         n, k = module.weight.shape
         return int(n), int(k)
@@ -69,7 +71,7 @@ class QModule(nn.Module):
         return self._tied_to[0] if self._tied_to else None
 
     @property
-    def weight(self) -> nn.Parameter | QTensor:  # type: ignore[override]
+    def weight(self) -> nn.Parameter | QTensor:
         """Live: the float parameter, in the float module's layout. Frozen: the QTensor, (N, K)."""
         if self.frozen:
             return self.qweight
@@ -102,6 +104,11 @@ class QModule(nn.Module):
         """Hold `weight` instead of the float parameter, and choose the kernel. In place."""
         if self.frozen:
             raise StateError("the module is frozen already")
+        if weight.scheme != self.scheme or tuple(weight.shape) != self.shape:
+            raise StateError(
+                f"the module needs {self.scheme} of shape {self.shape}, not {weight.scheme} of shape "
+                f"{tuple(weight.shape)}"
+            )
         self._dtype = weight.dtype
         del self._parameters["weight"]
         for suffix, part in weight.parts.items():
@@ -112,6 +119,11 @@ class QModule(nn.Module):
         """Read the parts of `owner`, which is frozen, instead of the float parameter. In place."""
         if self.frozen:
             raise StateError("the module is frozen already")
+        if not owner.frozen or owner.scheme != self.scheme or owner.shape != self.shape:
+            raise StateError(
+                f"a module of {self.scheme}, shape {self.shape}, cannot be tied to one that is not "
+                "frozen or differs from it"
+            )
         self._dtype = owner.qweight.dtype
         del self._parameters["weight"]
         self._tied_to = (owner,)
@@ -134,7 +146,7 @@ class QModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
         """`.to(device)` moves the parts; `.to(dtype)` changes what they dequantize to, never the parts themselves."""
         if not self.frozen:
-            super()._apply(fn, recurse)
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._dtype = self.float_weight().dtype
             return self
         moved = {name: fn(part) for name, part in self._buffers.items() if part is not None}
@@ -144,7 +156,7 @@ class QModule(nn.Module):
             if old is not None
         }
         self._buffers.clear()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(parts)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         self._choose_kernel()

@@ -73,15 +73,15 @@ class QuantizationError(NamedTuple):
 
 def get_scale_dtype(name: str) -> torch.dtype:
     """The torch dtype of a scale dtype's name. Raises UnknownNameError."""
-    if name not in SCALE_DTYPES:
+    if not isinstance(name, str) or name not in SCALE_DTYPES:
         raise UnknownNameError(f"{name!r} is not a scale dtype; {nearest(str(name), SCALE_DTYPES)}")
     return SCALE_DTYPES[name]
 
 
 def check_finite(values: Tensor) -> None:
-    """Raises NonFiniteError when there is a NaN or Inf, saying how many and where the first one is."""
-    finite = torch.isfinite(values)
-    if not finite.all():
+    """Raises NonFiniteError when there is a NaN or Inf, saying how many and where the first is."""
+    if values.numel() and not torch.isfinite(torch.stack(values.aminmax())).all():
+        finite = torch.isfinite(values)
         nan = int(torch.isnan(values).sum())
         inf = int((~finite).sum()) - nan
         first = (~finite).nonzero()[0].tolist()
@@ -95,14 +95,15 @@ def quantize(
     values: Tensor,
     format: str = "int8",
     *,
-    granularity: Granularity = "channel",
+    granularity: Granularity | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
     scale_dtype: str = "float32",
 ) -> Quantized:
     """Codes nearest to the values on the format's grid: codes = clamp(round(real / scale) + zero_point).
 
-    values: (N, K) or any shape, float, finite. group_size: needed by granularity "group", along K.
+    values: (N, K) or any shape, float, finite. granularity: "tensor", "channel" or "group"; by default
+    "group" when there is a group_size (values along K that share a scale), else "channel".
     symmetric: zero_point is 0; False is for integer formats only. The grid spans each block's minimum and maximum.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError, UnknownNameError, RecipeError.
     """
@@ -112,12 +113,20 @@ def quantize(
         raise RecipeError(f"values are {values.dtype}, not floats; there is nothing to quantize")
     if not symmetric and fmt.kind != "integer":
         raise RecipeError(f"symmetric=False: {format} has no zero point; leave symmetric out")
+    if granularity is None:
+        granularity = "channel" if group_size is None else "group"
+    elif granularity != "group" and group_size is not None:
+        raise RecipeError(
+            f"group_size={group_size} with granularity={granularity!r}; use granularity='group'"
+        )
     check_finite(values)
     if fmt.kind == "downcast":
         return Quantized(_downcast(values, fmt), None, None)
     blocks = blocked(values, granularity, group_size)
     if values.numel() == 0:
-        raise RecipeError(f"values of shape {tuple(values.shape)} are empty; there is nothing to quantize")
+        raise RecipeError(
+            f"values of shape {tuple(values.shape)} are empty; there is nothing to quantize"
+        )
     zero_point = None
     if symmetric:
         scale = affine.symmetric_scale(blocks, fmt.real_max, dtype)
@@ -131,7 +140,24 @@ def quantize(
         assert fmt.dtype is not None
         normalised = blocks.float() / scale.unsqueeze(-1).float()
         codes = normalised.clamp_(-fmt.real_max, fmt.real_max).to(fmt.dtype)
-    return Quantized(codes.view(values.shape), scale, zero_point)
+    quantized = Quantized(codes.view(values.shape), scale, zero_point)
+    _check_image(values, quantized, format)
+    return quantized
+
+
+def _check_image(values: Tensor, quantized: Quantized, format: str) -> None:
+    """Refuse a grid whose points lie beyond the dtype of the values: they would come back as Inf."""
+    limit = torch.finfo(values.dtype).max
+    low, high = values.aminmax()
+    if max(-low.item(), high.item()) < limit / 2:
+        return  # the grid ends less than one step beyond the values
+    image = dequantize(*quantized, format).to(values.dtype)
+    if not torch.isfinite(image).all():
+        raise ScaleRangeError(
+            f"values up to {max(-low.item(), high.item()):.6g} are too close to the largest "
+            f"{values.dtype} ({limit:.6g}) for a {format} grid; convert them to a wider dtype or "
+            "exclude this module"
+        )
 
 
 def _downcast(values: Tensor, fmt: Format) -> Tensor:
@@ -139,8 +165,9 @@ def _downcast(values: Tensor, fmt: Format) -> Tensor:
     codes = values.to(fmt.dtype)
     if not torch.isfinite(codes).all():
         raise ScaleRangeError(
-            f"{values.abs().max().item():.4g} does not fit {fmt.name}, whose largest value is {fmt.real_max:.4g}; "
-            "use bfloat16"
+            f"{values.abs().max().item():.6g} does not fit {fmt.name}, whose largest value is "
+            f"{fmt.real_max:.6g}; "
+            + ("use bfloat16" if fmt.name == "float16" else "exclude this module")
         )
     return codes
 
@@ -160,7 +187,7 @@ def dequantize(
         return codes.float()
     if scale is None:
         raise RecipeError(f"scale is None, but {format} needs one: (1, 1), (N, 1) or (N, groups)")
-    blocks = codes.reshape(*scale.shape, -1)
+    blocks = codes.reshape(*scale.shape, codes.numel() // max(1, scale.numel()))
     if fmt.kind == "codebook":
         real = codebook.codebook_values(blocks, scale, fmt)
     else:
@@ -172,7 +199,7 @@ def fake_quantize(
     values: Tensor,
     format: str = "int8",
     *,
-    granularity: Granularity = "channel",
+    granularity: Granularity | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
     scale_dtype: str = "float32",

@@ -31,8 +31,9 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(stored).all():
         name = str(dtype).removeprefix("torch.")
         raise ScaleRangeError(
-            f"a scale of {scale.max().item():.4g} does not fit {name}, whose largest value is "
-            f"{torch.finfo(dtype).max:.4g}; use scale_dtype='float32'"
+            f"a scale of {scale.max().item():.6g} does not fit {name}, whose largest value is "
+            f"{torch.finfo(dtype).max:.6g}; "
+            + ("exclude this module" if name == "float32" else "use scale_dtype='float32'")
         )
     return stored
 
@@ -47,7 +48,8 @@ def symmetric_scale(blocks: Tensor, real_max: float, scale_dtype: torch.dtype) -
     largest = magnitude.amax(dim=-1)
     one_magnitude = ((magnitude == largest.unsqueeze(-1)) | (magnitude == 0)).all(dim=-1)
     largest = largest.double()
-    scale = torch.where(one_magnitude, largest, largest / real_max)
+    fits = one_magnitude & (largest <= torch.finfo(scale_dtype).max)
+    scale = torch.where(fits, largest, largest / real_max)
     return round_scale_up(torch.where(largest > 0, scale, 1.0), scale_dtype)
 
 
@@ -78,7 +80,7 @@ def asymmetric_parameters(
     """
     r_min, r_max = blocks.amin(dim=-1), blocks.amax(dim=-1)
     scale, zero_point = affine_parameters(r_min, r_max, fmt, scale_dtype)
-    constant = (r_min == r_max) & (r_max != 0)
+    constant = (r_min == r_max) & (r_max != 0) & (r_max.abs() <= torch.finfo(scale_dtype).max)
     if constant.any():
         exact = round_scale_up(torch.where(constant, r_max.abs().double(), 1.0), scale_dtype)
         scale = torch.where(constant, exact, scale)

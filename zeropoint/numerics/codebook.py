@@ -14,10 +14,13 @@ from zeropoint.numerics.formats import Format
 def codebook_codes(blocks: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """The code of the level nearest to real / scale. blocks: (R, G, B) float; scale: (R, G); returns uint8."""
     assert fmt.levels is not None
-    levels, order = torch.tensor(fmt.levels, device=blocks.device).sort()
+    code_of = {level: code for code, level in reversed(list(enumerate(fmt.levels)))}  # -0.0 is 0.0
+    ordered = sorted(code_of)
+    levels = torch.tensor(ordered, dtype=torch.float32, device=blocks.device)
+    codes = torch.tensor([code_of[v] for v in ordered], dtype=torch.uint8, device=blocks.device)
     midpoints = (levels[1:] + levels[:-1]) / 2
     normalised = blocks.float() / scale.unsqueeze(-1).float()
-    return order.to(torch.uint8)[torch.bucketize(normalised, midpoints)]
+    return codes[torch.bucketize(normalised.contiguous(), midpoints)]
 
 
 def codebook_values(codes: Tensor, scale: Tensor, fmt: Format) -> Tensor:

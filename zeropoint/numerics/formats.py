@@ -105,6 +105,6 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
 
 def get_format(name: str) -> Format:
     """The row called `name`. Raises UnknownNameError with the nearest names."""
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise UnknownNameError(f"{name!r} is not a format; {nearest(str(name), FORMATS)}")
     return FORMATS[name]

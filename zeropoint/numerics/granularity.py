@@ -35,13 +35,13 @@ def scale_shape(
         return 1, 1
     if granularity == "channel":
         return n, 1
-    if group_size is None or group_size < 1:
+    if not isinstance(group_size, int) or group_size < 1:
         raise GroupSizeError(
             f"group_size={group_size!r} is not a positive number; per group needs one"
         )
     if k % group_size:
-        divisors = [d for d in range(2, group_size) if k % d == 0]
-        smaller = f"group_size={divisors[-1]}, " if divisors else ""
+        divisor = next((d for d in range(min(group_size, k), 1, -1) if k % d == 0), None)
+        smaller = f"group_size={divisor}, " if divisor else ""
         raise GroupSizeError(
             f"K={k} is not a multiple of group_size={group_size}; use {smaller}group_size=-1 (per channel) "
             "or exclude this module"
@@ -54,4 +54,4 @@ def blocked(values: Tensor, granularity: Granularity, group_size: int | None) ->
     if granularity not in GRANULARITIES:
         raise RecipeError(f"granularity={granularity!r} is not one of {', '.join(GRANULARITIES)}")
     rows, groups = scale_shape(values.shape, granularity, group_size)
-    return values.reshape(rows, groups, -1 if values.numel() else 0)
+    return values.reshape(rows, groups, values.numel() // max(1, rows * groups))

@@ -25,15 +25,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     n, k = codes.shape
     if bits == 8:
-        return codes.clone()
-    eights = torch.nn.functional.pad(codes, (0, -k % 8)).view(n, -1, 8)  # 8 codes fill `bits` bytes
-    packed = torch.zeros(n, eights.shape[1], bits, dtype=torch.uint8, device=codes.device)
+        return codes.clone(memory_format=torch.contiguous_format)
+    count = -(-k // 8)  # 8 codes fill `bits` bytes
+    eights = torch.nn.functional.pad(codes, (0, -k % 8)).reshape(n, count, 8)
+    packed = torch.zeros(n, count, bits, dtype=torch.uint8, device=codes.device)
     for i in range(8):
         byte, shift = divmod(i * bits, 8)
-        packed[..., byte] |= eights[..., i] << shift  # uint8 arithmetic drops the bits that overflow
+        packed[..., byte] |= (
+            eights[..., i] << shift
+        )  # uint8 arithmetic drops the bits that overflow
         if shift + bits > 8:
             packed[..., byte + 1] |= eights[..., i] >> (8 - shift)
-    return packed.view(n, -1)[:, : row_bytes(k, bits)].contiguous()
+    return packed.view(n, count * bits)[:, : row_bytes(k, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -44,9 +47,10 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """
     if bits == 8:
         return packed.clone()
-    n = packed.shape[0]
-    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).view(n, -1, bits)
-    codes = torch.empty(n, packed.shape[1], 8, dtype=torch.uint8, device=packed.device)
+    n, count = packed.shape[0], -(-columns // 8)
+    padding = (0, count * bits - packed.shape[1])
+    packed = torch.nn.functional.pad(packed, padding).view(n, count, bits)
+    codes = torch.empty(n, count, 8, dtype=torch.uint8, device=packed.device)
     mask = (1 << bits) - 1
     for i in range(8):
         byte, shift = divmod(i * bits, 8)
@@ -54,4 +58,4 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         if shift + bits > 8:
             code = code | (packed[..., byte + 1] << (8 - shift))
         codes[..., i] = code & mask
-    return codes.view(n, -1)[:, :columns]
+    return codes.view(n, count * 8)[:, :columns]

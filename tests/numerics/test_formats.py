@@ -1,0 +1,82 @@
+from statistics import NormalDist
+
+import pytest
+import torch
+
+from tests.helpers import CODEBOOKS, DOWNCASTS, INTEGERS, SCALED
+from zeropoint.errors import UnknownNameError
+from zeropoint.numerics import FORMATS, get_format
+from zeropoint.numerics.formats import FP4_LEVELS, NF4_LEVELS
+
+ids = [f.name for f in FORMATS.values()]
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=ids)
+def test_a_row_is_found_by_its_name_and_has_what_its_kind_needs(fmt):
+    assert get_format(fmt.name) is fmt
+    assert (fmt.levels is not None) == (fmt.kind == "codebook")
+    assert (fmt.dtype is not None) == (fmt.kind in ("float8", "downcast"))
+    if fmt.dtype is not None:
+        assert fmt.bits == 8 * fmt.dtype.itemsize
+        assert fmt.real_max == torch.finfo(fmt.dtype).max
+    if fmt.kind != "integer":
+        assert fmt.symmetric, "only integers have a zero point"
+    if fmt.kind == "downcast":
+        assert fmt.group_size is None, "a downcast has no scale to share"
+
+
+def test_the_table_has_every_kind_and_the_integers_of_2_to_8_bits():
+    assert {f.kind for f in FORMATS.values()} == {"integer", "codebook", "float8", "downcast"}
+    assert [f.bits for f in INTEGERS] == [2, 3, 4, 5, 6, 7, 8]
+    assert [f.name for f in DOWNCASTS] == ["bfloat16", "float16"]
+    assert len(SCALED) + len(DOWNCASTS) == len(FORMATS)
+
+
+@pytest.mark.parametrize("fmt", INTEGERS, ids=lambda f: f.name)
+def test_integer_codes_fill_twos_complement(fmt):
+    assert fmt.q_min == -(2 ** (fmt.bits - 1))
+    assert fmt.q_max - fmt.q_min + 1 == 2**fmt.bits
+    assert fmt.real_max == fmt.q_max
+    assert fmt.q_min >= -128 and fmt.q_max <= 127, "codes are int8"
+
+
+@pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda f: f.name)
+def test_a_codebook_has_a_level_per_code_an_exact_zero_and_reaches_both_ends(fmt):
+    assert len(fmt.levels) == 2**fmt.bits
+    assert 0.0 in fmt.levels
+    assert min(fmt.levels) == -1.0 and max(fmt.levels) == fmt.real_max == 1.0
+
+
+def test_nf4_levels_are_the_quantiles_of_qlora():
+    # bitsandbytes, create_normal_map: offset = 1 - (1/30 + 1/32) / 2; 8 levels above 0, 7 below.
+    offset = 0.9677083
+    quantile = NormalDist().inv_cdf
+
+    def upper(count):
+        step = (offset - 0.5) / count
+        return [quantile(offset - i * step) for i in range(count)]
+
+    levels = sorted([-v for v in upper(7)] + [0.0] + upper(8))
+    expected = [v / levels[-1] for v in levels]
+    # bitsandbytes computed its table in float32 with a float32 linspace: 2e-7 of rounding.
+    assert NF4_LEVELS == pytest.approx(expected, abs=2e-7)
+
+
+def test_fp4_levels_follow_bitsandbytes_order():
+    # kernels.cu, dQuantizeFP4: 0b0000 .. 0b0111, in units of 1/12; the high bit is the sign.
+    magnitudes = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+    assert FP4_LEVELS[:8] == pytest.approx([m / 12 for m in magnitudes], abs=0)
+    assert FP4_LEVELS[8:] == tuple(-m for m in FP4_LEVELS[:8])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("int9", r"'int9' is not a format; close: 'int\d'"),
+        ("q", "'q' is not a format; known: 'int2', .*'float16'"),
+        (None, "None is not a format; known: "),
+    ],
+)
+def test_an_unknown_format_names_the_known_ones(name, message):
+    with pytest.raises(UnknownNameError, match=message):
+        get_format(name)

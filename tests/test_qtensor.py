@@ -1,0 +1,217 @@
+import re
+
+import pytest
+import torch
+
+from tests.helpers import defaults, example_weight, rtn, schemes
+from zeropoint.errors import CheckpointError
+from zeropoint.numerics import Quantized, quantize
+from zeropoint.qtensor import QTensor, check_parts, part_specs
+from zeropoint.scheme import Scheme
+
+every_scheme = pytest.mark.parametrize("scheme", schemes(), ids=str)
+every_default = pytest.mark.parametrize("scheme", defaults(), ids=str)
+
+
+def numerics_result(weight, scheme):
+    return quantize(
+        weight,
+        scheme.format,
+        granularity=scheme.granularity,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        scale_dtype=scheme.scale_dtype,
+    )
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+@every_scheme
+def test_packing_keeps_every_code(scheme):
+    for shape in [(1, 32), (5, 96), (3, 2, 16, 3)]:
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        quantized = numerics_result(weight, scheme)
+        q = QTensor.from_codes(quantized, scheme, weight.dtype)
+        assert same_bits(q.codes, quantized.codes)
+        assert q.shape == weight.shape and q.packed.is_contiguous()
+        assert q.scale is quantized.scale and q.zero_point is quantized.zero_point
+        check_parts("w", q.parts, shape, scheme)
+
+
+def test_integers_are_stored_from_the_smallest_code_up_low_bits_first():
+    codes = torch.tensor([[-8, 7, 0]], dtype=torch.int8)
+    scheme = Scheme(format="int4")
+    q = QTensor.from_codes(Quantized(codes, torch.ones(1, 1), None), scheme, torch.float32)
+    assert q.packed.tolist() == [0xF0, 0x08]
+
+
+@every_scheme
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dequantize_follows_the_formula_in_float32_and_returns_the_weights_dtype(scheme, dtype):
+    weight = example_weight(dtype=dtype)
+    q = rtn(weight, scheme)
+    fmt = scheme.fmt
+    codes = q.codes.float()
+    if fmt.kind == "codebook":
+        codes = torch.tensor(fmt.levels)[q.codes.long()]
+    if q.zero_point is not None:
+        codes = codes - q.zero_point.repeat_interleave(96 // q.zero_point.shape[1], 1).expand(5, 96)
+    real = codes
+    if q.scale is not None:
+        real = q.scale.float().repeat_interleave(96 // q.scale.shape[1], 1).expand(5, 96) * codes
+    assert q.dtype == dtype
+    assert torch.equal(q.dequantize(torch.float32), real)
+    assert torch.equal(q.dequantize(), real.to(dtype)) and q.dequantize().dtype == dtype
+
+
+@every_scheme
+def test_rows_are_the_rows_of_the_whole(scheme):
+    q = rtn(example_weight(), scheme)
+    indices = torch.tensor([4, 0, 0, 2])
+    rows = q.rows(indices)
+    assert rows.shape == (4, 96)
+    assert same_bits(rows.codes, q.codes[indices])
+    assert torch.equal(rows.dequantize(), q.dequantize()[indices])
+    check_parts("rows", rows.parts, (4, 96), scheme)
+
+
+@every_default
+def test_no_rows_dequantize_to_nothing(scheme):
+    rows = rtn(torch.randn(3, 64), scheme).rows(torch.zeros(0, dtype=torch.long))
+    assert rows.shape == (0, 64)
+    assert rows.dequantize().shape == (0, 64)
+
+
+@every_scheme
+def test_parts_are_the_tensors_that_exist_and_sum_to_the_bytes(scheme):
+    q = rtn(example_weight(), scheme)
+    expected = {"": q.packed}
+    if q.scale is not None:
+        expected["_scale"] = q.scale
+    if q.zero_point is not None:
+        expected["_zero_point"] = q.zero_point
+    assert q.parts.keys() == expected.keys()
+    assert all(q.parts[suffix] is part for suffix, part in expected.items())
+    assert q.nbytes == sum(p.numel() * p.element_size() for p in expected.values())
+    assert q.bits_per_weight == 8 * q.nbytes / (5 * 96)
+
+
+@every_scheme
+def test_moving_moves_every_part_and_changes_nothing_else(scheme):
+    q = rtn(example_weight(), scheme)
+    moved = q.to("meta")
+    assert {p.device.type for p in moved.parts.values()} == {"meta"}
+    assert moved.device.type == "meta" and q.device.type == "cpu"
+    assert (moved.scheme, moved.shape, moved.dtype) == (q.scheme, q.shape, q.dtype)
+    assert moved.nbytes == q.nbytes
+
+
+@every_default
+def test_packed_codes_cannot_be_taken_for_the_float_weight(scheme):
+    """Decision 3: the stored shape differs from the float shape; a downcast is a float."""
+    specs = part_specs((4, 64), scheme)
+    if scheme.fmt.kind == "downcast":
+        assert specs == {"": ((4, 64), scheme.fmt.dtype)}
+    else:
+        assert len(specs[""][0]) == 1 and specs[""][1] == torch.uint8
+
+
+def test_the_repr_shows_the_scheme_codes_scales_and_dtype():
+    weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.bfloat16)
+    q = rtn(weight, Scheme.of("int4", group_size=2))
+    text = repr(q)
+    assert text.startswith(
+        "QTensor(int4 g2 asymmetric, shape=(2, 4), 16.00 bits per weight, "
+        "dtype=torch.bfloat16, device=cpu,\n"
+    )
+    assert re.search(
+        r"codes=tensor\(\[\[-8,  7, .*\],\n {16}\[ 1,  1,  1,  1\]\], dtype=torch.int8\)", text
+    )
+    assert "  scale=tensor([[0.0667, 0.1334],\n" + 16 * " " + "[1.0000, 1.0000]]" in text
+    assert "  zero_point=tensor([[ 7, -8],\n" in text
+    assert text.endswith(")")
+
+
+def test_the_repr_leaves_out_what_a_format_does_not_have_and_values_on_meta():
+    plain = repr(rtn(torch.ones(1, 2), Scheme.of("bfloat16")))
+    assert "codes=tensor([[1., 1.]], dtype=torch.bfloat16)" in plain
+    assert "scale" not in plain and "zero_point" not in plain
+    q = rtn(torch.ones(1, 2), Scheme.of("int8"))
+    assert "zero_point" not in repr(q)
+    assert repr(q.to("meta")).endswith("dtype=torch.float32, device=meta)")
+
+
+# --- check_parts ----------------------------------------------------------------------------------
+
+
+def parts_of(scheme):
+    return dict(rtn(example_weight(), scheme).parts)
+
+
+INT4 = Scheme.of("int4")
+
+
+@pytest.mark.parametrize("suffix", ["", "_scale", "_zero_point"])
+def test_a_missing_part_is_named(suffix):
+    parts = parts_of(INT4)
+    del parts[suffix]
+    with pytest.raises(
+        CheckpointError, match=f"^a.weight{suffix} is missing; int4 g32 asymmetric needs it"
+    ):
+        check_parts("a.weight", parts, (5, 96), INT4)
+
+
+def test_a_part_too_many_is_named():
+    scheme = Scheme.of("int8")
+    parts = parts_of(scheme) | {"_zero_point": torch.zeros(5, 1, dtype=torch.int8)}
+    with pytest.raises(
+        CheckpointError, match="a.weight_zero_point is there, but int8 per channel has no such part"
+    ):
+        check_parts("a.weight", parts, (5, 96), scheme)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "part", "message"),
+    [
+        (
+            "",
+            torch.zeros(5, 48, dtype=torch.uint8),
+            r"w is \(5, 48\) torch.uint8, but int4 g32 asymmetric of shape \(5, 96\) needs \(240",
+        ),
+        (
+            "",
+            torch.zeros(240, dtype=torch.int8),
+            r"w is \(240,\) torch.int8, but .* needs \(240,\) torch.uint8",
+        ),
+        (
+            "_scale",
+            torch.ones(5, 3),
+            r"w_scale is \(5, 3\) torch.float32, but .* needs \(5, 3\) torch.float16",
+        ),
+        (
+            "_scale",
+            torch.ones(5, 2).half(),
+            r"w_scale is \(5, 2\) torch.float16, but .* needs \(5, 3\)",
+        ),
+        (
+            "_zero_point",
+            torch.zeros(5, 1, dtype=torch.int8),
+            r"w_zero_point is \(5, 1\) .* needs \(5, 3\)",
+        ),
+    ],
+)
+def test_a_part_of_another_shape_or_dtype_is_named_with_both(suffix, part, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_parts("w", parts_of(INT4) | {suffix: part}, (5, 96), INT4)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_a_float_weight_is_not_a_downcast_of_another_dtype(name):
+    with pytest.raises(
+        CheckpointError, match=rf"w is .* torch.float32, but {name} .* torch.{name}"
+    ):
+        check_parts("w", {"": example_weight()}, (5, 96), Scheme.of(name))

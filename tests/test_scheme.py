@@ -1,0 +1,356 @@
+import json
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import GRIDS, PROPERTY, defaults, rtn, schemes
+from zeropoint.errors import GroupSizeError, RecipeError, UnknownNameError
+from zeropoint.numerics import FORMATS
+from zeropoint.numerics.formats import SCALE_DTYPES
+from zeropoint.scheme import PER_CHANNEL, ROLES, Recipe, Rule, Scheme
+
+INT4 = Scheme.of("int4")
+INT8 = Scheme.of("int8")
+
+
+# --- Scheme ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_default_scheme_is_what_the_table_says(name):
+    fmt, scheme = FORMATS[name], Scheme.of(name)
+    assert scheme.fmt is fmt
+    assert scheme.group_size == fmt.group_size and scheme.symmetric == fmt.symmetric
+    assert scheme.granularity == ("group" if fmt.group_size else "channel")
+    assert scheme.scale_dtype == ("float16" if fmt.group_size else "float32")
+
+
+def test_arguments_change_the_default():
+    assert Scheme.of("int4", group_size=128, symmetric=True) == Scheme(
+        format="int4", granularity="group", group_size=128, symmetric=True, scale_dtype="float16"
+    )
+    assert Scheme.of("int8", group_size=64, symmetric=False) == Scheme(
+        format="int8", granularity="group", group_size=64, symmetric=False, scale_dtype="float16"
+    )
+    assert Scheme.of("int4", symmetric=True).group_size == 32
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_group_size_minus_one_is_per_channel_with_a_float32_scale(name):
+    scheme = Scheme.of(name, group_size=PER_CHANNEL)
+    assert (scheme.granularity, scheme.group_size) == ("channel", None)
+    assert scheme.scale_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text"),
+    [
+        (INT4, "int4 g32 asymmetric"),
+        (INT8, "int8 per channel"),
+        (Scheme.of("nf4"), "nf4 g64"),
+        (Scheme.of("bfloat16"), "bfloat16"),
+        (
+            Scheme(format="int8", granularity="tensor", symmetric=False),
+            "int8 per tensor asymmetric",
+        ),
+    ],
+)
+def test_a_scheme_reads_as_words(scheme, text):
+    assert str(scheme) == text
+
+
+@pytest.mark.parametrize("scheme", schemes(), ids=str)
+def test_to_dict_is_undone_by_the_constructor(scheme):
+    assert Scheme(**json.loads(json.dumps(scheme.to_dict()))) == scheme
+    assert ("group_size" in scheme.to_dict()) == (scheme.granularity == "group")
+
+
+GROUPED = {"granularity": "group"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"format": "int9"}, UnknownNameError, "'int9' is not a format; close"),
+        ({"scale_dtype": "float8"}, UnknownNameError, "'float8' is not a scale dtype; close"),
+        (
+            {"granularity": "chanel"},
+            UnknownNameError,
+            "granularity='chanel' is unknown; close: 'channel'",
+        ),
+        ({"symmetric": "no"}, RecipeError, "symmetric='no' is not true or false"),
+        (
+            GROUPED,
+            RecipeError,
+            "group_size=None is not a positive integer; use 32, 64 or 128, or -1",
+        ),
+        (GROUPED | {"group_size": 0}, RecipeError, "group_size=0 is not a positive integer"),
+        (GROUPED | {"group_size": "32"}, RecipeError, "group_size='32' is not a positive integer"),
+        (GROUPED | {"group_size": True}, RecipeError, "group_size=True is not a positive integer"),
+        (
+            {"group_size": 32},
+            RecipeError,
+            "group_size=32 with granularity='channel'; use granularity='group'",
+        ),
+        (
+            {"format": "nf4", "symmetric": False},
+            RecipeError,
+            "symmetric=False: nf4 has no zero point",
+        ),
+        (
+            GROUPED | {"format": "bfloat16", "group_size": 32},
+            RecipeError,
+            "group_size=32: bfloat16 has no scales",
+        ),
+    ],
+)
+def test_a_scheme_that_contradicts_itself_is_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        Scheme(**{"format": "int4"} | fields)
+
+
+@pytest.mark.parametrize("size", [0, -2, 32.5, "32"])
+def test_of_refuses_a_group_size_that_is_not_positive(size):
+    with pytest.raises(RecipeError, match=f"group_size={size!r} is not a positive integer"):
+        Scheme.of("int4", group_size=size)
+
+
+@pytest.mark.parametrize("scheme", schemes(group_size=3), ids=str)
+def test_storage_bytes_are_the_bytes_of_the_tensors(scheme):
+    for shape in [(1, 3), (3, 27), (5, 33), (4, 2, 3, 3), (7, 3)]:
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        assert scheme.storage_bytes(shape) == rtn(weight, scheme).nbytes
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+@pytest.mark.parametrize(("name", "symmetric"), GRIDS)
+def test_storage_bytes_count_scales_in_their_dtype(name, symmetric, scale_dtype):
+    scheme = Scheme(format=name, symmetric=symmetric, scale_dtype=scale_dtype)
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert scheme.storage_bytes((3, 5)) == rtn(weight, scheme).nbytes
+
+
+def test_storage_bytes_refuse_a_group_size_that_does_not_divide():
+    with pytest.raises(GroupSizeError, match=r"K=100 is not a multiple of group_size=32"):
+        INT4.storage_bytes((8, 100))
+
+
+# --- Rule and Recipe ------------------------------------------------------------------------------
+
+
+def test_the_first_rule_that_matches_decides():
+    keep, heads, rest = (
+        Rule(match="*.gate"),
+        Rule(match="*", role="head", scheme=INT8),
+        Rule(match="layers.*", scheme=INT4),
+    )
+    recipe = Recipe(rules=(keep, heads, rest))
+    assert recipe.first_match("layers.0.gate", "linear") is keep
+    assert recipe.first_match("lm_head", "head") is heads
+    assert recipe.first_match("layers.0.up", "linear") is rest
+    assert recipe.first_match("embed", "embedding") is None
+
+
+def test_a_pattern_is_matched_against_the_whole_name_with_its_case():
+    rule = Rule(match="layers.?.[qk]_proj")
+    assert rule.matches("layers.0.q_proj", "linear")
+    assert not rule.matches("layers.10.q_proj", "linear")
+    assert not rule.matches("model.layers.0.q_proj", "linear")
+    assert not rule.matches("LAYERS.0.q_proj", "linear")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_rule_with_a_role_matches_only_that_role(role):
+    rule = Rule(match="*", role=role)
+    assert [r for r in ROLES if rule.matches("x", r)] == [role]
+    assert str(rule) == f"'*' ({role})" and str(Rule(match="*")) == "'*'"
+
+
+def test_an_unknown_role_names_the_known_ones():
+    with pytest.raises(UnknownNameError, match="role='heads' is unknown; close: 'head'"):
+        Rule(match="*", role="heads")
+
+
+def test_a_recipe_needs_a_rule_and_a_share():
+    with pytest.raises(RecipeError, match="a recipe without rules quantizes nothing; add"):
+        Recipe(rules=())
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(RecipeError, match=f"min_coverage={share} is not a share between 0 and"):
+            Recipe(rules=(Rule(match="*"),), min_coverage=share)
+
+
+SCHEMES = st.sampled_from(schemes() + defaults() + [Scheme.of("int3", group_size=48)])
+RULES = st.builds(
+    Rule,
+    match=st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=12),
+    role=st.none() | st.sampled_from(ROLES),
+    scheme=st.none() | SCHEMES,
+)
+RECIPES = st.builds(
+    Recipe,
+    rules=st.lists(RULES, min_size=1, max_size=4).map(tuple),
+    min_coverage=st.integers(0, 1000).map(lambda share: share / 1000),
+)
+
+
+@PROPERTY
+@given(recipe=RECIPES)
+def test_a_recipe_survives_yaml_json_and_plain_data(recipe):
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe.from_yaml(json.dumps(recipe.to_dict())) == recipe
+    assert yaml.safe_load(recipe.to_yaml()) == recipe.to_dict()
+
+
+@pytest.mark.parametrize(("match", "min_coverage"), [("\N{GRINNING FACE}*", 0.9), ("*", 1e-05)])
+def test_json_is_read_where_yaml_1_1_differs_from_it(match, min_coverage):
+    """PyYAML reads a \\u pair as two characters, and 1e-05 as text."""
+    recipe = Recipe(rules=(Rule(match=match),), min_coverage=min_coverage)
+    assert Recipe.from_yaml(json.dumps(recipe.to_dict())) == recipe
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.json"])
+def test_a_saved_recipe_loads(tmp_path, name):
+    recipe = Recipe(rules=(Rule(match="é*"), Rule(match="*", scheme=INT4)), min_coverage=0.5)
+    path = tmp_path / name
+    recipe.save(path)
+    assert Recipe.load(path) == recipe == Recipe.load(str(path))
+    if name.endswith("json"):
+        assert json.loads(path.read_text()) == recipe.to_dict()
+
+
+def test_the_file_reads_as_documented():
+    recipe = Recipe.from_yaml(
+        """
+        rules:
+          - {match: "*.gate", weights: keep}
+          - {match: "*", role: head, weights: int8}
+          - {match: "*.up", weights: int4, group_size: 128, symmetric: true}
+          - {match: "*.down", weights: int4, group_size: -1}
+          - {match: "*.qkv", weights: int4, granularity: tensor}
+          - {match: "*", weights: nf4, scale_dtype: bfloat16}
+        """
+    )
+    assert recipe.min_coverage == 0.9
+    assert [rule.scheme and str(rule.scheme) for rule in recipe.rules] == [
+        None,
+        "int8 per channel",
+        "int4 g128",
+        "int4 per channel asymmetric",
+        "int4 per tensor asymmetric",
+        "nf4 g64",
+    ]
+    assert recipe.rules[1].role == "head"
+    assert recipe.rules[5].scheme.scale_dtype == "bfloat16"
+
+
+def test_fields_left_out_take_the_formats_defaults():
+    for name in FORMATS:
+        recipe = Recipe.from_dict({"rules": [{"match": "*", "weights": name}]})
+        assert recipe.rules[0].scheme == Scheme.of(name)
+
+
+def rules(*rows, **fields):
+    return {"rules": list(rows), **fields}
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([], RecipeError, "a recipe is a mapping with a list called 'rules'"),
+        (None, RecipeError, "a recipe is a mapping with a list called 'rules'"),
+        ({"rules": {}}, RecipeError, "a recipe is a mapping with a list called 'rules'"),
+        (rules(), RecipeError, "a recipe without rules quantizes nothing"),
+        (
+            rules({"match": "*"}, min_covrage=1),
+            RecipeError,
+            "recipe has no field 'min_covrage'; close: 'min_cov",
+        ),
+        (
+            rules({"match": "*"}, min_coverage="a"),
+            RecipeError,
+            "min_coverage='a' is not a number between",
+        ),
+        (
+            rules("int4"),
+            RecipeError,
+            "a rule is a mapping with a pattern called 'match', not 'int4'",
+        ),
+        (
+            rules({"weights": "int4"}),
+            RecipeError,
+            "a rule is a mapping with a pattern called 'match'",
+        ),
+        (rules({"match": 3}), RecipeError, "a rule is a mapping with a pattern called 'match'"),
+        (
+            rules({"match": "*", "weight": "int4"}),
+            RecipeError,
+            "a rule has no field 'weight'; close: 'weights'",
+        ),
+        (
+            rules({"match": "a", "weights": "keep", "group_size": 32}),
+            RecipeError,
+            "'a' keeps .*remove group_size",
+        ),
+        (rules({"match": "a"}), RecipeError, "rule 'a' needs weights: a format name, or keep"),
+        (rules({"match": "a", "weights": 4}), RecipeError, "rule 'a' needs weights"),
+        (rules({"match": "a", "weights": "int9"}), UnknownNameError, "'int9' is not a format"),
+        (
+            rules({"match": "a", "weights": "keep", "role": "x"}),
+            UnknownNameError,
+            "role='x' is unknown",
+        ),
+        (
+            rules({"match": "a", "weights": "int4", "group_size": "x"}),
+            RecipeError,
+            "group_size='x' is not",
+        ),
+        (
+            rules({"match": "a", "weights": "int4", "granularity": "channel", "group_size": 32}),
+            RecipeError,
+            "group_size=32 with granularity='channel'",
+        ),
+        (
+            rules({"match": "a", "weights": "int4", "symmetric": 1}),
+            RecipeError,
+            "symmetric=1 is not true or",
+        ),
+        (
+            rules({"match": "a", "weights": "int4", "scale_dtype": "x"}),
+            UnknownNameError,
+            "'x' is not a scale dtype",
+        ),
+    ],
+)
+def test_a_recipe_that_is_wrong_says_where(data, error, message):
+    with pytest.raises(error, match=message):
+        Recipe.from_dict(data)
+
+
+@pytest.mark.parametrize("field", ["scale_dtype", "granularity", "role"])
+def test_a_list_where_a_name_belongs_is_an_error_of_ours(field):
+    with pytest.raises((RecipeError, UnknownNameError), match=r"\['a'\]"):
+        Recipe.from_dict(rules({"match": "*", "weights": "int8", field: ["a"]}))
+
+
+def test_text_that_is_not_yaml_is_refused():
+    with pytest.raises(RecipeError, match="neither YAML nor JSON: "):
+        Recipe.from_yaml("rules: [")
+
+
+def test_a_file_that_cannot_be_read_or_is_wrong_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"missing.yaml: cannot be read: .*No such file"):
+        Recipe.load(tmp_path / "missing.yaml")
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(RecipeError, match=r"wrong.yaml: cannot be read: "):
+        Recipe.load(path)
+    path.write_text("rules: []")
+    with pytest.raises(RecipeError, match=r"wrong.yaml: a recipe without rules"):
+        Recipe.load(path)
+    path.write_text("rules: [{match: a, weights: int9}]")
+    with pytest.raises(UnknownNameError, match=r"wrong.yaml: 'int9' is not a format"):
+        Recipe.load(path)

@@ -1,0 +1,195 @@
+"""`zeropoint quantize`: a model in, a smaller checkpoint out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zeropoint.cli.options import Debug, Json, Model
+from zeropoint.cli.screen import Screen, megabytes, silence_libraries, table
+from zeropoint.errors import RecipeError, ZeropointError
+
+if TYPE_CHECKING:
+    from zeropoint.flows.report import Report
+    from zeropoint.scheme import Recipe
+
+
+def quantize(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The folder to write.", show_default=False
+        ),
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="int8, int4, nf4, bfloat16 ...", show_default="int8"),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Weights that share a scale; -1: one scale per output channel.",
+            show_default="the format's own",
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Zero point fixed at 0, or free.",
+            show_default="the format's own",
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Only modules with such names, as '*.mlp.*'. Repeatable.",
+            show_default="all",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Leave these modules alone. Repeatable.", show_default="none"
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A recipe (YAML or JSON) instead of the five above.",
+            show_default=False,
+        ),
+    ] = None,
+    algorithm: Annotated[str, typer.Option(metavar="NAME", help="How codes are chosen.")] = "rtn",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="Of what stays float, and of activations: float32, bfloat16 ..."
+        ),
+    ] = "auto",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict/--no-strict",
+            help="Refuse, or only warn, when rules or sizes do not fit the model.",
+        ),
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DIR.")
+    ] = False,
+    json_to: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model's weights and write a checkpoint."""
+    start = time.perf_counter()
+    screen = Screen(json_to)
+    _refuse_json_in(output, json_to)
+    with screen.spinner("starting"):
+        import zeropoint as zp
+        from zeropoint.algorithms import get_algorithm
+        from zeropoint.checkpoints import native
+        from zeropoint.checkpoints.atomic import check_writable
+        from zeropoint.evaluate.memory import peak_rss_bytes
+        from zeropoint.scheme import Scheme
+
+        silence_libraries()
+    # What can be refused without the model is refused before the user has waited for it.
+    check_writable(output, lambda folder: native.why_not_replace(folder, overwrite))
+    get_algorithm(algorithm)
+    rules = None
+    if recipe is not None:
+        given = {
+            "--weights": weights,
+            "--group-size": group_size,
+            "--symmetric / --asymmetric": symmetric,
+            "--include": include,
+            "--exclude": exclude,
+        }
+        rules = _read_recipe(recipe, [name for name, value in given.items() if value is not None])
+    else:
+        Scheme.of(weights or "int8", group_size=group_size, symmetric=symmetric)
+
+    with screen.spinner(f"loading {model}"):
+        loaded, tokenizer = zp.load(model, dtype=dtype)
+    with screen.spinner("checking the weights"):
+        report = zp.quantize(
+            loaded,
+            weights,
+            group_size=group_size,
+            symmetric=symmetric,
+            include=include or None,
+            exclude=exclude or None,
+            recipe=rules,
+            strict=strict,
+        )
+    with screen.progress("quantizing") as on_step:
+        zp.freeze(loaded, algorithm, on_step=on_step)
+    with screen.spinner(f"writing {output}"):
+        zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
+
+    seconds = time.perf_counter() - start
+    peak = peak_rss_bytes()
+    screen.json(
+        {"model": model, "output": str(output), "algorithm": algorithm}
+        | report.to_dict()
+        | {"seconds": seconds, "peak_rss_bytes": peak}
+    )
+    for warning in report.warnings:
+        screen.warn(warning)
+    _show(screen, report)
+    screen.line()
+    screen.line(
+        (f"{megabytes(report.bytes_before)} -> {megabytes(report.bytes_after)}", "bold"),
+        f", {report.bits_per_weight:.2f} bits per weight, ",
+        f"{report.coverage:.1%} of weight matrices quantized",
+    )
+    screen.line(
+        "wrote ", (str(output), "bold"), f" in {seconds:.1f} s, peak memory {megabytes(peak)}"
+    )
+
+
+def _refuse_json_in(output: Path, json_to: str | None) -> None:
+    if json_to is not None and output.resolve() in Path(json_to).resolve().parents:
+        raise ZeropointError(
+            f"--json {json_to} lies in {output}, which will hold the checkpoint and nothing else; "
+            "write it beside"
+        )
+
+
+def _read_recipe(path: Path, given: list[str]) -> Recipe:
+    from zeropoint.scheme import Recipe
+
+    if given:
+        raise RecipeError(
+            f"--recipe {path} and {', '.join(given)} exclude each other; write it in the recipe"
+        )
+    return Recipe.load(path)
+
+
+def _show(screen: Screen, report: Report) -> None:
+    """One row for all modules that share a fate."""
+    rows: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    for module in report.modules:
+        fate = module.scheme or "kept"
+        row = rows.setdefault((fate, module.reason or ""), [])
+        row.append((module.name, module.bytes_before, module.bytes_after))
+    result = table("weights", ">modules", ">before", ">after", "which")
+    for (fate, reason), members in rows.items():
+        names = [name for name, _, _ in members]
+        which = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        result.add_row(
+            fate,
+            f"{len(members):,}",
+            megabytes(sum(before for _, before, _ in members)),
+            megabytes(sum(after for _, _, after in members)),
+            f"{which}: {reason}" if reason else which,
+            style="yellow" if fate == "kept" else "",
+        )
+    screen.results.print(result)
