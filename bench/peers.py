@@ -2,9 +2,10 @@
 
     make bench           (or: python bench/peers.py [--threads N])
 
-Every row runs in a process of its own, one after the other: load SmolLM2-135M in float32, quantize it, compute in
-bfloat16, compare with the float32 original on held-out text (the answer is checked before it is timed), then time
-512 tokens of prefill and 16 of decode. Appends one JSON line a row to bench/results/peers.jsonl and prints the table.
+Every row runs in a process of its own, one after the other: load SmolLM2-135M in float32, quantize
+it, compute in bfloat16, compare with the float32 original on held-out text (the answer is checked
+before it is timed), then time 512 tokens of prefill and 16 of decode. Appends one JSON line a row
+to bench/results/peers.jsonl and prints the table.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ ROWS: dict[str, Callable[[Any], Any]] = {
 
 
 def stored_bytes(model: Any) -> int:
-    """Bytes of everything in state_dict, each storage once: libraries keep their scales in different places."""
+    """Bytes of everything in state_dict, each storage once:
+
+    libraries keep their scales in different places.
+    """
     seen: dict[int, int] = {}
     for value in model.state_dict().values():
         if isinstance(value, torch.Tensor):
@@ -152,7 +156,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of the README."""
     base = rows[0]
     lines = [
-        "| | size MB | mean KL | delta NLL | top-1 | prefill tok/s (x bf16) | decode tok/s (x bf16) |",
+        "| | size MB | mean KL | delta NLL | top-1 | prefill tok/s (x bf16) | decode tok/s (x "
+        "bf16) |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

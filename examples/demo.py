@@ -1,9 +1,11 @@
-"""The main job on a real language model, end to end: footprint, quantize, save, reload, prove, measure.
+"""The main job on a real language model, end to end:
+footprint, quantize, save, reload, prove, measure.
 
     make demo            (or: python examples/demo.py [OUTPUT_FOLDER])
 
-Leaves OUTPUT_FOLDER/int8 and OUTPUT_FOLDER/int4 (checkpoints) and OUTPUT_FOLDER/demo.json (every figure below).
-Speed and memory are measured in a process of their own for each model, by `zeropoint bench`.
+Leaves OUTPUT_FOLDER/int8 and OUTPUT_FOLDER/int4 (checkpoints) and OUTPUT_FOLDER/demo.json (every
+figure below). Speed and memory are measured in a process of their own for each model, by `zeropoint
+bench`.
 """
 
 from __future__ import annotations

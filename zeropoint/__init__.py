@@ -2,7 +2,8 @@
 
     real = scale * (codes - zero_point)
 
-Everything here is loaded on first use, so that `import zeropoint` costs nothing and imports neither torch nor transformers.
+Everything here is loaded on first use, so that `import zeropoint` costs nothing and imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from zeropoint import numerics
+    from zeropoint.checkpoints.native import verify
     from zeropoint.errors import ZeropointError
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from zeropoint.flows.report import Report
     from zeropoint.model.load import load
     from zeropoint.model.save import save
-    from zeropoint.checkpoints.native import verify
     from zeropoint.numerics import formats
     from zeropoint.qtensor import QTensor
     from zeropoint.scheme import Recipe, Rule, Scheme

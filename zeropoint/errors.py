@@ -11,7 +11,7 @@ ZeropointError
 │   └── ScaleRangeError     a value or scale outside what its storage dtype can hold
 ├── StateError              the model is not in the state the call needs (live, frozen, float)
 ├── SourceError             a model that cannot be found or loaded
-├── CheckpointError         a checkpoint that is damaged, foreign, newer than this version, or cannot be written
+├── CheckpointError         a checkpoint that is damaged, foreign, newer, or cannot be written
 ├── TextError               a prompt or text that is too short or too long
 └── KernelError             the kernel asked for cannot run here
 """

@@ -1,4 +1,7 @@
-"""How long-running functions tell what they are doing: they call `on_step`, and whoever called them may listen."""
+"""How long-running functions tell what they are doing:
+
+they call `on_step`, and whoever called them may listen.
+"""
 
 from __future__ import annotations
 

@@ -26,9 +26,11 @@ from zeropoint.scheme import Scheme
 class QTensor:
     """Codes, scales and zero points of one weight. real = scale * (codes - zero_point).
 
-    packed: (N * row_bytes,) uint8, rows one after the other, low bits first (`numerics.packing`); integer codes are
+    packed: (N * row_bytes,) uint8, rows one after the other, low bits first (`numerics.packing`);
+    integer codes are
         stored as code - q_min. A downcast is stored as it is: shape `shape`, bfloat16 or float16.
-    scale: (R, G) of scheme.scale_dtype, or None for a downcast. zero_point: (R, G) int8, or None when symmetric.
+    scale: (R, G) of scheme.scale_dtype, or None for a downcast. zero_point: (R, G) int8, or None
+    when symmetric.
     shape: of the weight. dtype: what `dequantize()` returns, the dtype the weight had.
     """
 
@@ -77,13 +79,18 @@ class QTensor:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The tensors that exist, by the suffix they have beside the weight's name: "", "_scale", "_zero_point"."""
+        """The tensors that exist, by the suffix they have beside the weight's name:
+
+        "", "_scale", "_zero_point".
+        """
         parts = {"": self.packed, "_scale": self.scale, "_zero_point": self.zero_point}
         return {suffix: part for suffix, part in parts.items() if part is not None}
 
     @property
     def codes(self) -> Tensor:
-        """Unpacked codes, of shape `shape`: int8, uint8 (codebook), float8, or the downcast itself."""
+        """Unpacked codes, of shape `shape`:
+        int8, uint8 (codebook), float8, or the downcast itself.
+        """
         fmt = self.scheme.fmt
         if fmt.kind == "downcast":
             return self.packed
@@ -96,7 +103,10 @@ class QTensor:
         return (codes.short() + fmt.q_min).to(torch.int8) if fmt.kind == "integer" else codes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """real = scale * (codes - zero_point), computed in float32. Returns `shape`, in `dtype` or self.dtype."""
+        """real = scale * (codes - zero_point), computed in float32.
+
+        Returns `shape`, in `dtype` or self.dtype.
+        """
         real = dequantize(self.codes, self.scale, self.zero_point, self.scheme.format)
         return real.to(dtype or self.dtype)
 
@@ -127,8 +137,10 @@ class QTensor:
         )
 
     def __repr__(self) -> str:
-        head = f"QTensor({self.scheme}, shape={tuple(self.shape)}, {self.bits_per_weight:.2f} bits per weight"
-        lines = [head + f", dtype={self.dtype}, device={self.device}"]
+        lines = [
+            f"QTensor({self.scheme}, shape={tuple(self.shape)}, "
+            f"{self.bits_per_weight:.2f} bits per weight, dtype={self.dtype}, device={self.device}"
+        ]
         if self.device.type != "meta":
             for name, part in (
                 ("codes", self.codes),
@@ -147,7 +159,9 @@ def _indented(part: Tensor, width: int) -> str:
 def part_specs(
     shape: Sequence[int], scheme: Scheme
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype that each part of a weight of this shape must have, by suffix as in `QTensor.parts`."""
+    """Shape and dtype that each part of a weight of this shape must have, by suffix as in
+    `QTensor.parts`.
+    """
     fmt = scheme.fmt
     n, k = rows_and_columns(shape)
     if fmt.kind == "downcast":
@@ -164,7 +178,9 @@ def part_specs(
 
 
 def check_parts(name: str, parts: dict[str, Tensor], shape: Sequence[int], scheme: Scheme) -> None:
-    """Raises CheckpointError when a part is missing, extra, or not of the shape and dtype it must have."""
+    """Raises CheckpointError when a part is missing, extra, or not of the shape and dtype it must
+    have.
+    """
     specs = part_specs(shape, scheme)
     for suffix in dict.fromkeys((*specs, *parts)):
         if suffix not in parts:
@@ -175,6 +191,7 @@ def check_parts(name: str, parts: dict[str, Tensor], shape: Sequence[int], schem
         part = parts[suffix]
         if tuple(part.shape) != want_shape or part.dtype != want_dtype:
             raise CheckpointError(
-                f"{name}{suffix} is {tuple(part.shape)} {part.dtype}, but {scheme} of shape {tuple(shape)} "
+                f"{name}{suffix} is {tuple(part.shape)} {part.dtype}, but {scheme} of shape "
+                f"{tuple(shape)} "
                 f"needs {want_shape} {want_dtype}"
             )

@@ -27,9 +27,11 @@ ROLES: tuple[Role, ...] = ("linear", "embedding", "head")
 class Scheme:
     """Format + granularity + symmetric or not + scale dtype: how one weight is stored and computed.
 
-    format: a name of `zeropoint.numerics.FORMATS`. granularity: "tensor", "channel" (axis 0) or "group".
+    format: a name of `zeropoint.numerics.FORMATS`. granularity: "tensor", "channel" (axis 0) or
+    "group".
     group_size: values along K that share a scale, for "group" only. symmetric: zero_point = 0.
-    scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to it.
+    scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to
+    it.
     Raises UnknownNameError, RecipeError. `Scheme.of` fills in the format's defaults.
     """
 
@@ -44,7 +46,8 @@ class Scheme:
         get_scale_dtype(self.scale_dtype)
         if self.granularity not in GRANULARITIES:
             raise UnknownNameError(
-                f"granularity={self.granularity!r} is unknown; {nearest(str(self.granularity), GRANULARITIES)}"
+                f"granularity={self.granularity!r} is unknown; "
+                f"{nearest(str(self.granularity), GRANULARITIES)}"
             )
         if not isinstance(self.symmetric, bool):
             raise RecipeError(f"symmetric={self.symmetric!r} is not true or false")
@@ -68,7 +71,8 @@ class Scheme:
     ) -> Scheme:
         """The scheme that `format` has by default, changed where an argument is given.
 
-        group_size: None for the format's default, -1 for one scale per channel. symmetric: None for the default.
+        group_size: None for the format's default, -1 for one scale per channel. symmetric: None for
+        the default.
 
         >>> str(Scheme.of("int4"))
         'int4 g32 asymmetric'
@@ -93,7 +97,10 @@ class Scheme:
         return get_format(self.format)
 
     def storage_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of codes, scales and zero points of a weight of this shape. Raises GroupSizeError."""
+        """Bytes of codes, scales and zero points of a weight of this shape.
+
+        Raises GroupSizeError.
+        """
         n, k = rows_and_columns(shape)
         codes = n * row_bytes(k, self.fmt.bits)
         if self.fmt.kind == "downcast":
@@ -117,7 +124,8 @@ class Scheme:
 def _check_group_size(value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RecipeError(
-            f"group_size={value!r} is not a positive integer; use 32, 64 or 128, or -1 for per channel"
+            f"group_size={value!r} is not a positive integer; use 32, 64 or 128, or -1 for per "
+            "channel"
         )
 
 
@@ -152,10 +160,12 @@ _RULE_KEYS = ("match", "role", "weights", "granularity", "group_size", "symmetri
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Ordered rules; the first that matches a module decides. A module that no rule matches is kept.
+    """Ordered rules; the first that matches a module decides.
+    A module that no rule matches is kept.
 
-    min_coverage: share of the weight elements that no rule keeps which must end up quantized (0 to 1);
-    `zp.quantize(strict=True)` refuses less. Serializes to YAML or JSON; `docs/recipes.md` shows the file.
+    min_coverage: share of the weight elements that no rule keeps which must end up quantized (0 to
+    1); `zp.quantize(strict=True)` refuses less. Serializes to YAML or JSON; `docs/recipes.md` shows
+    the file.
     """
 
     rules: tuple[Rule, ...]
@@ -174,7 +184,10 @@ class Recipe:
         return next((rule for rule in self.rules if rule.matches(name, role)), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: `{min_coverage, rules: [{match, role?, weights, ...}]}`; `from_dict` is the inverse."""
+        """Plain data: `{min_coverage, rules: [{match, role?, weights, ...}]}`;
+
+        `from_dict` is the inverse.
+        """
         rules = []
         for rule in self.rules:
             row: dict[str, Any] = {"match": rule.match}
@@ -190,7 +203,10 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
-        """Inverse of `to_dict`; fields left out take the format's defaults. Raises RecipeError, UnknownNameError."""
+        """Inverse of `to_dict`; fields left out take the format's defaults.
+
+        Raises RecipeError, UnknownNameError.
+        """
         if not isinstance(data, Mapping) or not isinstance(data.get("rules"), list):
             raise RecipeError("a recipe is a mapping with a list called 'rules'")
         _check_keys(data, ("min_coverage", "rules"), "recipe")

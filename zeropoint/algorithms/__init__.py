@@ -1,4 +1,7 @@
-"""How codes are chosen for a given scheme. To add an algorithm: one file, and one line in ALGORITHMS."""
+"""How codes are chosen for a given scheme. To add an algorithm:
+
+one file, and one line in ALGORITHMS.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ from zeropoint.scheme import Scheme
 
 
 def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
-    """Round every weight to the nearest code of a grid that spans its block. codes = clamp(round(w / s) + z).
+    """Round every weight to the nearest code of a grid that spans its block.
+    codes = clamp(round(w / s) + z).
 
     weight: (N, K) float. Raises NonFiniteError, GroupSizeError, ScaleRangeError.
     """

@@ -1,6 +1,7 @@
 """Writing a folder so that a kill at any moment leaves the old one or the new one, never a mixture.
 
-The new folder is written beside the old one, flushed to disk, and then exchanged with it in one system call.
+The new folder is written beside the old one, flushed to disk, and then exchanged with it in one
+system call.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def replace_directory(
     path: Path, *, may_replace: Callable[[Path], str | None], needed_bytes: int
 ) -> Iterator[Path]:
-    """A temporary sibling folder to write into, which becomes `path` when the block ends without an error.
+    """A temporary sibling folder to write into, which becomes `path` when the block ends without
+    an error.
 
-    may_replace: why an existing, non-empty `path` must not be replaced, or None. needed_bytes: checked against the free
-    space first. Raises CheckpointError when the folder cannot be written; the old folder is then still there.
+    may_replace: why an existing, non-empty `path` must not be replaced, or None. needed_bytes:
+    checked against the free space first. Raises CheckpointError when the folder cannot be written;
+    the old folder is then still there.
     """
     path = Path(os.path.abspath(path))  # not resolve(): a link is replaced, not what it points to
     temporary = None
@@ -39,7 +42,8 @@ def replace_directory(
         free = shutil.disk_usage(path.parent).free
         if free < needed_bytes:
             raise CheckpointError(
-                f"{path} needs {needed_bytes / 1e6:,.1f} MB, but {path.parent} has {free / 1e6:,.1f} MB free; "
+                f"{path} needs {needed_bytes / 1e6:,.1f} MB, but {path.parent} has "
+                f"{free / 1e6:,.1f} MB free; "
                 "free some space or write to another disk"
             )
         prefix = f"{_prefix(path)}{os.getpid()}-"
@@ -123,7 +127,9 @@ def _move_into_place(new: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step. Where the system cannot, in two steps: a kill between leaves `old` as .NAME.old."""
+    """Swap two folders in one step. Where the system cannot, in two steps:
+    a kill between leaves `old` as .NAME.old.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         ok = renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0

@@ -1,11 +1,12 @@
-"""The native format: safetensors + config.json + a manifest. `docs/checkpoint-format.md` is its specification.
+"""The native format: safetensors + config.json + a manifest.
+`docs/checkpoint-format.md` is its specification.
 
-    model.safetensors            x.weight (packed, 1-D), x.weight_scale, x.weight_zero_point; other tensors as they are
-    config.json                  the model's configuration with quantization_config {quant_method: "zeropoint", ...}
-    zeropoint.json               the manifest: every tensor's shape, dtype and scheme, every file's size and SHA-256
+    model.safetensors   x.weight (packed, 1-D), its scale and zero_point, the rest as it is
+    config.json         the model's configuration, with quantization_config
+    zeropoint.json      the manifest: every tensor's scheme and shape, every file's size and hash
 
-Packed codes never have the shape of the float weight whose name they carry, so a loader that does not know the format
-fails on the shape instead of running codes as weights.
+Packed codes never have the shape of the float weight whose name they carry, so a loader that does
+not know the format fails on the shape instead of running codes as weights.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ _SUFFIXES = ("", "_scale", "_zero_point")
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A checkpoint's tensors. qweights, tensors: by their full names. tied: other name -> name it shares storage with."""
+    """A checkpoint's tensors. qweights, tensors: by their full names. tied:
+    other name -> name it shares storage with.
+    """
 
     qweights: Mapping[str, QTensor]
     tensors: Mapping[str, Tensor]
@@ -53,14 +56,16 @@ class Contents:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing ---
 
 
 @contextmanager
 def write(path: Path, contents: Contents, *, overwrite: bool) -> Iterator[Path]:
-    """Write a checkpoint, atomically. Yields the folder, for other files (tokenizer ...) that belong to it.
+    """Write a checkpoint, atomically.
+    Yields the folder, for other files (tokenizer ...) that belong to it.
 
-    Raises CheckpointError: the folder exists (and `overwrite` is not set, or it is not a checkpoint), no space, read-only.
+    Raises CheckpointError: the folder exists (and `overwrite` is not set, or it is not a
+    checkpoint), no space, read-only.
     """
     tensors = dict(contents.tensors)
     for name, weight in contents.qweights.items():
@@ -84,7 +89,10 @@ def write(path: Path, contents: Contents, *, overwrite: bool) -> Iterator[Path]:
 def why_not_replace(existing: Path, overwrite: bool) -> str | None:
     """Why a non-empty folder must not be replaced by a checkpoint, or None."""
     if not (existing / MANIFEST).is_file():
-        return f"it holds no {MANIFEST}, so it is not a checkpoint and is not replaced; choose another folder"
+        return (
+            f"it holds no {MANIFEST}, so it is not a checkpoint and is not replaced; "
+            "choose another folder"
+        )
     return None if overwrite else "use overwrite=True (--overwrite) to replace the checkpoint in it"
 
 
@@ -155,7 +163,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -164,7 +172,8 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read(path: Path) -> Contents:
-    """Everything in a checkpoint, after checking the tensor files' hashes and every tensor's shape and dtype.
+    """Everything in a checkpoint, after checking the tensor files' hashes and every tensor's shape
+    and dtype.
 
     Tensors are memory-mapped: reading costs no memory beyond them. Raises CheckpointError.
     """
@@ -224,7 +233,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} was written by a newer zeropoint (format {version}, this one reads up to {FORMAT_VERSION}); "
+            f"{path} was written by a newer zeropoint (format {version}, this one reads up to "
+            f"{FORMAT_VERSION}); "
             "upgrade: pip install -U zeropoint"
         )
     if manifest.get("digest") != _digest(manifest):
@@ -245,7 +255,7 @@ def _file_problem(path: Path, file: str, row: Mapping[str, Any]) -> str | None:
     if size != row["bytes"]:
         return f"{file} has {size} bytes, not {row['bytes']}: truncated or replaced"
     if _sha256(path / file) != row["sha256"]:
-        return f"{file} has another SHA-256 than when it was written: a bit has flipped, or it was replaced"
+        return f"{file} has another SHA-256 than when it was written: a bit flipped, or it was replaced"
     return None
 
 
@@ -288,19 +298,20 @@ def _tensor(name: str, row: Mapping[str, Any], stored: dict[str, Tensor]) -> Ten
     tensor = stored.pop(name)
     if list(tensor.shape) != row["shape"] or _dtype_name(tensor.dtype) != row["dtype"]:
         raise CheckpointError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(row['shape'])} {row['dtype']}"
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(row['shape'])} "
+            f"{row['dtype']}"
         )
     return tensor
 
 
-# --- verifying --------------------------------------------------------------------------------------------------------
+# --- verifying ---
 
 
 def verify(path: str | Path, *, on_step: OnStep = no_progress) -> list[str]:
     """Every problem of a checkpoint, in words; an empty list when it is sound.
 
-    Checks: manifest, sizes and SHA-256 of all files, files nobody listed, every tensor's presence, shape and dtype,
-    scales and other floats finite, scales positive, the configuration's recipe.
+    Checks: manifest, sizes and SHA-256 of all files, files nobody listed, every tensor's presence,
+    shape and dtype, scales and other floats finite, scales positive, the configuration's recipe.
     """
     path = Path(path)
     if not path.is_dir():

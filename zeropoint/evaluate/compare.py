@@ -1,7 +1,7 @@
 """The proof: how far a model's answers are from the original's, on the same text.
 
-Both models see one window at a time and nothing is stored but one number per token, so the cost in memory is the two
-models. Distances are computed in float64 from each model's own logits.
+Both models see one window at a time and nothing is stored but one number per token, so the cost in
+memory is the two models. Distances are computed in float64 from each model's own logits.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Comparison(ABC):
 class LanguageComparison(Comparison):
     """Two language models on the same tokens.
 
-    delta_nll: candidate's minus reference's negative log likelihood, nats per token, paired, 95 % block bootstrap.
-    kl_*: KL(reference || candidate) over tokens, nats. top1_agreement: share of tokens with the same likeliest token.
+    delta_nll: candidate's minus reference's negative log likelihood, nats per token, paired, 95 %
+    block bootstrap. kl_*: KL(reference || candidate) over tokens, nats. top1_agreement: share of
+    tokens with the same likeliest token.
     text: fingerprint of the text.
     """
 
@@ -103,8 +104,8 @@ class LanguageComparison(Comparison):
 class EncoderComparison(Comparison):
     """Two encoders on the same sentences, by their mean-pooled embeddings.
 
-    cosine_*: between the two embeddings of a sentence. rank_agreement: Spearman's correlation of the similarities of
-    all pairs of sentences. text: fingerprint of the text.
+    cosine_*: between the two embeddings of a sentence. rank_agreement: Spearman's correlation of
+    the similarities of all pairs of sentences. text: fingerprint of the text.
     """
 
     sentences: int
@@ -133,7 +134,8 @@ class EncoderComparison(Comparison):
     def __str__(self) -> str:
         return (
             f"{self.sentences} sentences: cosine mean {self.cosine_mean:.5f}, 1st percentile "
-            f"{self.cosine_p01:.5f}; rank agreement of pairwise similarities {self.rank_agreement:.5f}\n"
+            f"{self.cosine_p01:.5f}; rank agreement of pairwise similarities "
+            f"{self.rank_agreement:.5f}\n"
             f"{self.reference_bytes / 1e6:,.1f} MB -> {self.candidate_bytes / 1e6:,.1f} MB, "
             f"{self.candidate_bits_per_weight:.2f} bits per weight"
         )
@@ -151,11 +153,14 @@ def compare(
 ) -> Comparison:
     """Measure what separates `candidate` from `reference` on `text`.
 
-    reference, candidate: sources as `zp.load` takes them, or models in memory (then `tokenizer` is needed).
-    text: by default the evaluation half of `pydoc_data.topics`. tokens: at most so many of its first tokens, in windows
-    of `window` that do not overlap; a window of L tokens gives L - 1 predictions. An encoder-decoder reads the first half
-    of each window and predicts the second. Encoders are compared by the embeddings of the text's paragraphs.
-    Raises SourceError (no tokenizer, vocabularies differ, a model that is neither), TextError (too little text).
+    reference, candidate: sources as `zp.load` takes them, or models in memory (then `tokenizer` is
+    needed).
+    text: by default the evaluation half of `pydoc_data.topics`. tokens: at most so many of its
+    first tokens, in windows of `window` that do not overlap; a window of L tokens gives L - 1
+    predictions. An encoder-decoder reads the first half of each window and predicts the second.
+    Encoders are compared by the embeddings of the text's paragraphs.
+    Raises SourceError (no tokenizer, vocabularies differ, a model that is neither), TextError (too
+    little text).
     """
     if window < 4 or tokens < window:
         raise TextError(
@@ -194,7 +199,7 @@ def _kind(model: Any) -> str:
     return "encoder" if head is None else "decoder"
 
 
-# --- language models --------------------------------------------------------------------------------------------------
+# --- language models ---
 
 
 def _compare_language(
@@ -217,7 +222,8 @@ def _compare_language(
         b, _ = _logits(candidate, piece)
         if a.shape != b.shape:
             raise SourceError(
-                f"vocabularies differ: the reference has {a.shape[-1]} logits, the candidate {b.shape[-1]}"
+                f"vocabularies differ: the reference has {a.shape[-1]} logits, the candidate "
+                f"{b.shape[-1]}"
             )
         parts.append(token_distances(a, b.to(a.device), targets.to(a.device)))
     on_step("comparing", len(windows), len(windows))
@@ -254,7 +260,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(t.device for t in (*model.parameters(), *model.buffers()))
 
 
-# --- encoders ---------------------------------------------------------------------------------------------------------
+# --- encoders ---
 
 
 def _compare_encoders(
@@ -264,7 +270,8 @@ def _compare_encoders(
     sentences = [p for p in dict.fromkeys(paragraphs) if len(p.split()) >= 4][:MAX_SENTENCES]
     if len(sentences) < 3:
         raise TextError(
-            f"the text has {len(sentences)} paragraphs of four words or more; comparing encoders needs at least 3"
+            f"the text has {len(sentences)} paragraphs of four words or more; comparing encoders "
+            "needs at least 3"
         )
     pairs = []
     for done, sentence in enumerate(sentences):
@@ -295,7 +302,8 @@ def _embedding(model: Any, tokenizer: Any, sentence: str) -> Tensor:
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise SourceError(
-            f"{type(model).__name__} gives neither token logits nor hidden states; compare supports language models, "
+            f"{type(model).__name__} gives neither token logits nor hidden states; compare "
+            "supports language models, "
             "encoder-decoders and encoders"
         )
     mean: Tensor = hidden[0].double().mean(0).cpu()

@@ -1,4 +1,4 @@
-"""Footprint: the bytes a model holds, module by module, counted from its tensors, tied ones once."""
+"""Footprint: the bytes a model holds, module by module, tied tensors once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from zeropoint.model.walk import owned_tensors, quantized_modules, weight_elemen
 
 @dataclass(kw_only=True)
 class Node:
-    """One module. bytes: of everything below it. kind: its class. scheme: how it is quantized, or None."""
+    """One module. bytes: of everything below it. kind: its class. scheme:
+    how it is quantized, or None.
+    """
 
     name: str
     kind: str
@@ -34,9 +36,11 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of a model. parameter_bytes + buffer_bytes = total_bytes; a frozen module's parts are buffers.
+    """Bytes of a model. parameter_bytes + buffer_bytes = total_bytes;
+    a frozen module's parts are buffers.
 
-    parameters: numbers the model stands for, quantized ones included. bits_per_weight: 8 * total_bytes / parameters.
+    parameters: numbers the model stands for, quantized ones included. bits_per_weight: 8 *
+    total_bytes / parameters.
     by_dtype: bytes by torch dtype. root: the tree. `print(footprint)` shows it.
     """
 
@@ -76,7 +80,9 @@ class Footprint:
 
 
 def footprint(model: nn.Module) -> Footprint:
-    """Count the bytes a model really holds: parameters and buffers, by dtype, tied tensors once, under their first name."""
+    """Count the bytes a model really holds:
+    parameters and buffers, by dtype, tied tensors once, under their first name.
+    """
     quantized = quantized_modules(model)
     root = Node(name="", kind=type(model).__name__, scheme=None)
     parameters = {name for name, _ in model.named_parameters()}
@@ -106,7 +112,9 @@ def footprint(model: nn.Module) -> Footprint:
 
 
 def _rows(node: Node, total: int, depth: int) -> Any:
-    """(label, size) of a node and what is below it; equal siblings with consecutive numbers are one row."""
+    """(label, size) of a node and what is below it;
+    equal siblings with consecutive numbers are one row.
+    """
     name = node.name.rpartition(".")[2] or node.kind
     yield _row("  " * depth + name, node, total, 1)
     for names, child in _runs(node):

@@ -22,9 +22,11 @@ PREFILLS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """prefill: prompt_tokens at once, median of 5 runs after a warm-up. decode: one token at a time after the prompt,
-    from the median time of a token. load_seconds: from the call to a model that can run. peak_rss_bytes: of the process
-    since it started, loading included. kernels: number of modules each kernel serves; "float" is torch's own.
+    """prefill: prompt_tokens at once, median of 5 runs after a warm-up. decode:
+    one token at a time after the prompt,
+    from the median time of a token. load_seconds: from the call to a model that can run.
+    peak_rss_bytes: of the process since it started, loading included. kernels: number of modules
+    each kernel serves; "float" is torch's own.
     """
 
     prefill_tokens_per_second: float
@@ -50,14 +52,17 @@ def bench(
     dtype: str = "auto",
     on_step: OnStep = no_progress,
 ) -> Speed:
-    """Load a causal language model and time it. For an honest peak_rss_bytes, call it in a fresh process.
+    """Load a causal language model and time it.
+    For an honest peak_rss_bytes, call it in a fresh process.
 
     threads: for torch.set_num_threads, restored afterwards; None leaves it. dtype: as `zp.load`.
-    Raises SourceError (not a causal language model), TextError (more tokens than the model's context).
+    Raises SourceError (not a causal language model), TextError (more tokens than the model's
+    context).
     """
     if prompt_tokens < 1 or new_tokens < 2:
         raise TextError(
-            f"prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: need at least 1 and 2 to time anything"
+            f"prompt_tokens={prompt_tokens}, new_tokens={new_tokens}: need at least 1 and 2 to "
+            "time anything"
         )
     before = torch.get_num_threads()
     if threads is not None:
@@ -95,7 +100,8 @@ def benchmark_prompt(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and prompt_tokens + new_tokens > limit:
         raise TextError(
-            f"prompt_tokens={prompt_tokens} + new_tokens={new_tokens} is more than the model's context of {limit}"
+            f"prompt_tokens={prompt_tokens} + new_tokens={new_tokens} is more than the model's "
+            f"context of {limit}"
         )
     ids = tokenizer(evaluation_text(), return_tensors="pt", verbose=False).input_ids
     repeats = -(-prompt_tokens // ids.shape[1])

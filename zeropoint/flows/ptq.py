@@ -1,9 +1,11 @@
-"""Post-training quantization of a model in memory: quantize -> live, freeze -> codes only, dequantize -> float again.
+"""Post-training quantization of a model in memory:
+quantize -> live, freeze -> codes only, dequantize -> float again.
 
     float  --quantize-->  live  --freeze-->  frozen
       ^-------------------dequantize-----------'
 
-`quantize` plans first and changes the model only when the whole plan holds: a refused call leaves the model as it was.
+`quantize` plans first and changes the model only when the whole plan holds: a refused call leaves
+the model as it was.
 """
 
 from __future__ import annotations
@@ -57,16 +59,20 @@ def quantize(
     recipe: Recipe | None = None,
     strict: bool = True,
 ) -> Report:
-    """Put the model into the live state: float weights kept, every forward uses their quantized image. In place.
+    """Put the model into the live state:
+    float weights kept, every forward uses their quantized image. In place.
 
-    weights: a format name ("int8" when there is no recipe). group_size: values per scale along the input dimension;
-    None for the format's default, -1 for one scale per output channel. symmetric: None for the format's default.
-    include, exclude: `fnmatch` patterns on module names. Embeddings and heads get int8 per row when `weights` has 8
-    bits or fewer, and stay tied where they are. recipe: a Recipe instead of all of these.
-    strict=False turns an unused rule, a group size that does not divide K, and a missed coverage into warnings.
+    weights: a format name ("int8" when there is no recipe). group_size: values per scale along the
+    input dimension; None for the format's default, -1 for one scale per output channel. symmetric:
+    None for the format's default.
+    include, exclude: `fnmatch` patterns on module names. Embeddings and heads get int8 per row when
+    `weights` has 8 bits or fewer, and stay tied where they are. recipe: a Recipe instead of all of
+    these. strict=False turns an unused rule, a group size that does not divide K, and a missed
+    coverage into warnings.
 
-    Raises StateError (quantized already, or on the meta device), UnusedRuleError, GroupSizeError, CoverageError,
-    NonFiniteError, RecipeError, UnknownNameError. The model is unchanged when it raises.
+    Raises StateError (quantized already, or on the meta device), UnusedRuleError, GroupSizeError,
+    CoverageError, NonFiniteError, RecipeError, UnknownNameError. The model is unchanged when it
+    raises.
     """
     if is_quantized(model):
         raise StateError("the model is quantized already; call zp.dequantize(model) first")
@@ -96,7 +102,7 @@ def quantize(
     warnings = [*_check_rules(plan, recipe, sites), *plan.obstacles, *_check_coverage(plan, recipe)]
     if strict and warnings:
         raise warnings[0]
-    for site, scheme in plan.schemes.items():
+    for site in plan.schemes:
         try:
             for parameter in site.module.parameters(recurse=False):
                 if parameter.dim() >= 2:
@@ -115,8 +121,10 @@ def quantize(
 def freeze(model: nn.Module, algorithm: str = "rtn", *, on_step: OnStep = no_progress) -> None:
     """Replace the float weights of a live model by codes, module by module. In place.
 
-    algorithm: how codes are chosen, a name of `zeropoint.algorithms.ALGORITHMS`. Tied weights stay tied.
-    Raises StateError (nothing is live), UnknownNameError, NonFiniteError and ScaleRangeError naming the module.
+    algorithm: how codes are chosen, a name of `zeropoint.algorithms.ALGORITHMS`. Tied weights stay
+    tied.
+    Raises StateError (nothing is live), UnknownNameError, NonFiniteError and ScaleRangeError naming
+    the module.
     """
     choose_codes = get_algorithm(algorithm)
     modules = quantized_modules(model)
@@ -146,7 +154,8 @@ def _detached(module: QModule) -> Tensor:
 
 
 def dequantize(model: nn.Module) -> None:
-    """Back to float modules. Live: with their float weights; frozen: with the dequantized ones. In place.
+    """Back to float modules. Live: with their float weights; frozen: with the dequantized ones.
+    In place.
 
     Raises StateError when nothing is quantized.
     """
@@ -161,7 +170,7 @@ def dequantize(model: nn.Module) -> None:
     remember_recipe(model, None)
 
 
-# --- from arguments to a recipe ---------------------------------------------------------------------------------------
+# --- from arguments to a recipe ---
 
 
 def _patterns(value: Patterns) -> tuple[str, ...] | None:
@@ -184,7 +193,9 @@ def _recipe(
     model: nn.Module,
     sites: list[Site],
 ) -> Recipe:
-    """Rules for the arguments of `quantize`: exclusions first, then each included pattern by role."""
+    """Rules for the arguments of `quantize`:
+    exclusions first, then each included pattern by role.
+    """
     linear = Scheme.of(weights, group_size=group_size, symmetric=symmetric)
     by_row = linear if linear.fmt.bits > 8 else Scheme.of("int8", group_size=PER_CHANNEL)
     rules = [Rule(match=pattern) for pattern in exclude or ()]
@@ -220,12 +231,13 @@ def _hint(pattern: str, model: nn.Module, sites: list[Site]) -> str:
     return nearest(pattern, dict.fromkeys(s.name for s in sites))
 
 
-# --- from a recipe to a plan ------------------------------------------------------------------------------------------
+# --- from a recipe to a plan ---
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """schemes: of the sites to quantize. reasons: why the others are kept. by_rule: those kept because a rule says so.
+    """schemes: of the sites to quantize. reasons: why the others are kept. by_rule:
+    those kept because a rule says so.
 
     obstacles: what strict mode refuses. used: rules that decided about at least one site.
     """
@@ -262,7 +274,10 @@ def _plan(model: nn.Module, sites: list[Site], recipe: Recipe) -> _Plan:
 
 
 def _rule_of(site: Site, recipe: Recipe) -> Rule | None:
-    """The first rule that matches any of the site's names. A site without a role is matched by rules for any role."""
+    """The first rule that matches any of the site's names.
+
+    A site without a role is matched by rules for any role.
+    """
     for rule in recipe.rules:
         roles: tuple[Role, ...] = (site.role,) if site.role else ("linear", "embedding", "head")
         if any(rule.matches(name, role) for name in site.names for role in roles):
@@ -271,7 +286,9 @@ def _rule_of(site: Site, recipe: Recipe) -> Rule | None:
 
 
 def _settle_ties(plan: _Plan, sites: list[Site]) -> None:
-    """Sites that share a weight share its fate: one kept keeps all, and two schemes for one tensor are an error."""
+    """Sites that share a weight share its fate:
+    one kept keeps all, and two schemes for one tensor are an error.
+    """
     groups: dict[int, list[Site]] = {}
     for site in sites:
         groups.setdefault(site.tied, []).append(site)
@@ -287,7 +304,8 @@ def _settle_ties(plan: _Plan, sites: list[Site]) -> None:
         elif len(chosen) > 1:
             (a, first), (b, second) = list(chosen.items())[:2]
             raise RecipeError(
-                f"{first.name} and {second.name} are one tied weight, but the rules give {a} and {b}; give both one scheme"
+                f"{first.name} and {second.name} are one tied weight, but the rules give {a} and "
+                f"{b}; give both one scheme"
             )
 
 
@@ -328,8 +346,10 @@ def _check_coverage(plan: _Plan, recipe: Recipe) -> list[ZeropointError]:
     listed = "; ".join(f"{s.name} ({s.elements:,} elements): {plan.reasons[s]}" for s in worst)
     return [
         CoverageError(
-            f"{coverage:.1%} of the weights that no rule keeps would be quantized, the recipe promises at least "
-            f"{recipe.min_coverage:.1%}: {listed}. Exclude them, lower min_coverage, or use strict=False"
+            f"{coverage:.1%} of the weights that no rule keeps would be quantized, the recipe "
+            "promises at least "
+            f"{recipe.min_coverage:.1%}: {listed}. Exclude them, lower min_coverage, or use "
+            "strict=False"
         )
     ]
 

@@ -12,8 +12,9 @@ from zeropoint.scheme import Recipe
 class ModuleReport:
     """One module that owns weight matrices.
 
-    scheme: as text, None when kept. kernel: what will compute it, None when kept. reason: why it was kept, or what it
-    is tied to. bytes_before, bytes_after: of its weight matrices; a tied weight counts where it is stored, 0 elsewhere.
+    scheme: as text, None when kept. kernel: what will compute it, None when kept. reason: why it
+    was kept, or what it is tied to. bytes_before, bytes_after: of its weight matrices; a tied
+    weight counts where it is stored, 0 elsewhere.
     """
 
     name: str
@@ -31,7 +32,8 @@ class Report:
     """What `zp.quantize` did to a model.
 
     bytes_before, bytes_after: all parameters and buffers, tied ones once; after means frozen.
-    coverage: share of weight-matrix elements that are quantized. bits_per_weight: 8 * bytes_after / parameters.
+    coverage: share of weight-matrix elements that are quantized. bits_per_weight: 8 * bytes_after /
+    parameters.
     warnings: what `strict=True` would have refused.
     """
 
@@ -57,7 +59,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.bytes_before / 1e6:,.1f} MB -> {self.bytes_after / 1e6:,.1f} MB, "
-            f"{self.bits_per_weight:.2f} bits per weight, {self.coverage:.1%} of weight matrices quantized"
+            f"{self.bits_per_weight:.2f} bits per weight, {self.coverage:.1%} of weight matrices "
+            "quantized"
         ]
         groups: dict[tuple[str, str], list[ModuleReport]] = {}
         for m in self.modules:

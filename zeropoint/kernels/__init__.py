@@ -1,1 +1,4 @@
-"""Operators on quantized weights: `ops` (the contract), `select` (which kernel), and one file per kernel."""
+"""Operators on quantized weights:
+
+`ops` (the contract), `select` (which kernel), and one file per kernel.
+"""

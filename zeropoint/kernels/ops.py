@@ -38,7 +38,7 @@ _LIBRARY.define(
 )
 
 
-# --- a weight as arguments of an operator, and back -----------------------------------------------
+# --- a weight as arguments of an operator, and back ---
 
 
 def weight_arguments(weight: QTensor) -> tuple[Any, ...]:
@@ -77,16 +77,21 @@ def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
         parts.keys() == specs.keys(),
         lambda: f"a weight of {scheme} has the parts {list(specs)}, not {list(parts)}",
     )
-    for suffix, (want_shape, want_dtype) in specs.items():
-        part = parts[suffix]
-        torch._check(
-            tuple(part.shape) == want_shape and part.dtype == want_dtype,
-            lambda: (
-                f"{suffix.lstrip('_') or 'packed'} is {tuple(parts[suffix].shape)} "
-                f"{parts[suffix].dtype}, but {scheme} of {tuple(shape)} needs {specs[suffix]}"
-            ),
-        )
+    for suffix, want in specs.items():
+        _check_part(suffix, parts[suffix], want, weight)
     return weight
+
+
+def _check_part(
+    suffix: str, part: Tensor, want: tuple[tuple[int, ...], torch.dtype], weight: QTensor
+) -> None:
+    torch._check(
+        (tuple(part.shape), part.dtype) == want,
+        lambda: (
+            f"{suffix.lstrip('_') or 'packed'} is {tuple(part.shape)} {part.dtype}, but "
+            f"{weight.scheme} of {tuple(weight.shape)} needs {want[0]} {want[1]}"
+        ),
+    )
 
 
 @lru_cache
@@ -107,7 +112,7 @@ def _specs(shape: torch.Size, scheme: Scheme) -> dict[str, tuple[tuple[int, ...]
     return part_specs(shape, scheme)
 
 
-# --- linear ---------------------------------------------------------------------------------------
+# --- linear ---
 
 
 def _linear_inputs(x: Tensor, bias: Tensor | None, weight: Sequence[Any]) -> QTensor:
@@ -152,7 +157,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, grad_bias, *([None] * 8))
 
 
-# --- embedding ------------------------------------------------------------------------------------
+# --- embedding ---
 
 
 def _embedding_inputs(indices: Tensor, arguments: tuple[Any, ...]) -> QTensor:
@@ -182,7 +187,7 @@ def _embedding_fake(indices: Tensor, *arguments: Any) -> Tensor:
     return weight.packed.new_empty((*indices.shape, weight.shape[1]), dtype=weight.dtype)
 
 
-# --- image ----------------------------------------------------------------------------------------
+# --- image ---
 
 
 def _image(
@@ -225,7 +230,7 @@ torch.library.register_autograd(
 )
 
 
-# --- what modules call ----------------------------------------------------------------------------
+# --- what modules call ---
 
 
 def linear(x: Tensor, weight: QTensor, bias: Tensor | None, kernel: str) -> Tensor:

@@ -1,4 +1,5 @@
-"""The oracle: every kernel is compared with this. float64, written from the formulas, sharing no code with the rest.
+"""The oracle: every kernel is compared with this.
+float64, written from the formulas, sharing no code with the rest.
 
 bit j of code i of a row = bit (i * bits + j) of the row's bytes
 real = scale * (code - zero_point), or scale * levels[code], or scale * code
@@ -52,7 +53,9 @@ def _per_value(parameter: Tensor, n: int, k: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
-    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of x's dtype."""
+    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,);
+    returns (..., N) of x's dtype.
+    """
     y = x.double() @ weight_values(weight).T
     if bias is not None:
         y = y + bias.double()

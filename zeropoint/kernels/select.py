@@ -1,4 +1,6 @@
-"""Which kernel does a job: the first of an ordered table that has no reason not to, asked once per weight."""
+"""Which kernel does a job: the first of an ordered table that has no reason not to, asked once per
+weight.
+"""
 
 from __future__ import annotations
 

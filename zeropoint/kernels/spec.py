@@ -23,7 +23,9 @@ class Spec:
 
 
 class Kernel(Protocol):
-    """A module of this folder. `why_not` answers None, or the reason why this kernel cannot do the job."""
+    """A module of this folder. `why_not` answers None, or the reason why this kernel cannot do the
+    job.
+    """
 
     def why_not(self, spec: Spec) -> str | None: ...
 

@@ -41,13 +41,15 @@ def load(
     task: str | None = None,
     model: nn.Module | None = None,
 ) -> tuple[Any, Any]:
-    """Load a model and its tokenizer, in evaluation mode. The tokenizer is None when the source has none.
+    """Load a model and its tokenizer, in evaluation mode.
+    The tokenizer is None when the source has none.
 
     source: a folder (zeropoint or float checkpoint), a hub id, a .gguf file, or package:NAME.
-    dtype: of float weights and activations; "auto" keeps the stored one. device_map: as transformers takes it; a
-    zeropoint checkpoint takes one device. task: a transformers pipeline task ("text-generation" ...) to choose the class;
-    by default the class that the configuration names. model: for a zeropoint checkpoint of a module that is not a
-    transformers model, a float module of the same structure; it is filled in place and returned.
+    dtype: of float weights and activations; "auto" keeps the stored one. device_map: as
+    transformers takes it; a zeropoint checkpoint takes one device. task: a transformers pipeline
+    task ("text-generation" ...) to choose the class; by default the class that the configuration
+    names. model: for a zeropoint checkpoint of a module that is not a transformers model, a float
+    module of the same structure; it is filled in place and returned.
     Raises SourceError, CheckpointError, UnknownNameError.
     """
     if task is not None and task not in TASKS:
@@ -85,11 +87,12 @@ def _device(device_map: Any) -> Any:
     ):
         return device_map
     raise SourceError(
-        f"device_map={device_map!r}: a zeropoint checkpoint loads onto one device; use 'cpu' or 'cuda:0'"
+        f"device_map={device_map!r}: a zeropoint checkpoint loads onto one device; use 'cpu' or "
+        "'cuda:0'"
     )
 
 
-# --- float checkpoints ------------------------------------------------------------------------------------------------
+# --- float checkpoints ---
 
 
 def _load_float(
@@ -118,7 +121,9 @@ def _location(found: Source) -> tuple[str, dict[str, Any]]:
 
 
 def _model_class(config: Any, task: str | None) -> Any:
-    """The class for a task; else the one the configuration names; else by what the configuration can be."""
+    """The class for a task; else the one the configuration names;
+    else by what the configuration can be.
+    """
     import transformers
 
     if task is not None:
@@ -139,7 +144,9 @@ def _is_encoder(config: Any) -> bool:
 
 
 def _plain(loaded: Any) -> nn.Module:
-    """The same weights in a model that transformers does not mark as GGUF-quantized: they have been dequantized."""
+    """The same weights in a model that transformers does not mark as GGUF-quantized:
+    they have been dequantized.
+    """
     from accelerate import init_empty_weights
 
     config = loaded.config
@@ -171,11 +178,13 @@ def _load_tokenizer(found: Source) -> Any:
         raise SourceError(f"the tokenizer of {found.location!r} cannot be loaded: {e}") from e
 
 
-# --- zeropoint checkpoints --------------------------------------------------------------------------------------------
+# --- zeropoint checkpoints ---
 
 
 def _load_native(path: Path, task: str | None, model: nn.Module | None) -> nn.Module:
-    """Build the model without memory, put quantized modules where the manifest says, and fill in the stored tensors."""
+    """Build the model without memory, put quantized modules where the manifest says, and fill in
+    the stored tensors.
+    """
     contents = native.read(path)
     skeleton = _skeleton(path, contents.config, task) if model is None else model
     modules = {name: m for m, names in named_modules(skeleton).items() for name in names}
@@ -205,7 +214,8 @@ def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
 
     if "model_type" not in config:
         raise SourceError(
-            f"{path} holds a module that is not a transformers model; pass model= with a float module of its structure"
+            f"{path} holds a module that is not a transformers model; pass model= with a float "
+            "module of its structure"
         )
     data = {k: v for k, v in config.items() if k != "quantization_config"}
     parsed = AutoConfig.for_model(**json.loads(json.dumps(data)))
@@ -232,13 +242,17 @@ def _quantized(
         )
     if kind.weight_shape(module) != shape:
         raise CheckpointError(
-            f"{path}: {name}.weight is {shape}, but the model has {kind.weight_shape(module)}; is this the right model?"
+            f"{path}: {name}.weight is {shape}, but the model has {kind.weight_shape(module)}; is "
+            "this the right model?"
         )
     return kind.from_float(module, scheme)
 
 
 def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
-    """Put every stored float tensor where it belongs, tied ones as one parameter. Raises CheckpointError."""
+    """Put every stored float tensor where it belongs, tied ones as one parameter.
+
+    Raises CheckpointError.
+    """
     left = dict(contents.tensors)
     made: dict[str, nn.Parameter] = {}
     for module, names in named_modules(model).items():
@@ -271,7 +285,8 @@ def _assign(
             tensor = _take(path, owner, contents, left)
             if tensor.shape != old.shape:
                 raise CheckpointError(
-                    f"{path}: {owner} is {tuple(tensor.shape)}, but the model has {tuple(old.shape)}"
+                    f"{path}: {owner} is {tuple(tensor.shape)}, but the model has "
+                    f"{tuple(old.shape)}"
                 )
             made[owner] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         parameters[leaf] = made[owner]

@@ -38,10 +38,13 @@ def recipe_of(model: nn.Module) -> Recipe:
 def save(
     model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite: bool = False
 ) -> None:
-    """Write a frozen model as a checkpoint folder: safetensors, config.json, manifest, and the tokenizer if given.
+    """Write a frozen model as a checkpoint folder:
+    safetensors, config.json, manifest, and the tokenizer if given.
 
-    Written to a sibling folder and renamed, so a kill at any moment leaves the old checkpoint or the new one.
-    overwrite: replace a zeropoint checkpoint at `path`; any other non-empty folder is always refused.
+    Written to a sibling folder and renamed, so a kill at any moment leaves the old checkpoint or
+    the new one.
+    overwrite: replace a zeropoint checkpoint at `path`; any other non-empty folder is always
+    refused.
     Raises StateError (not frozen), CheckpointError (exists, read-only, no space).
     """
     modules = quantized_modules(model)
@@ -93,7 +96,9 @@ def _contents(model: nn.Module) -> native.Contents:
 
 
 def _without_shared_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that are views of another one's memory, which safetensors refuses to write."""
+    """Copies of tensors that are views of another one's memory, which safetensors refuses to
+    write.
+    """
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():

@@ -22,7 +22,10 @@ class Source:
 
 
 def resolve(source: str | Path) -> Source:
-    """Find out what `source` names: a folder, a .gguf file, package:NAME, or a hub id. Raises SourceError."""
+    """Find out what `source` names: a folder, a .gguf file, package:NAME, or a hub id.
+
+    Raises SourceError.
+    """
     text = str(source)
     if text.startswith(PACKAGE):
         return _local(_package_files(text.removeprefix(PACKAGE)))
@@ -39,7 +42,8 @@ def resolve(source: str | Path) -> Source:
         aside = path.with_name(f".{path.name}.old")
         hint = f"; a replaced checkpoint lies in {aside}" if aside.exists() else ""
         raise SourceError(
-            f"{text!r} does not exist{hint}; give a folder, a .gguf file, owner/name of a hub model, or package:NAME"
+            f"{text!r} does not exist{hint}; give a folder, a .gguf file, owner/name of a hub "
+            "model, or package:NAME"
         )
     return Source(kind="hub", location=text)
 
@@ -48,7 +52,8 @@ def _local(path: Path) -> Source:
     if path.is_file():
         if path.suffix != ".gguf":
             raise SourceError(
-                f"{path} is a file of a kind that cannot be loaded; give its folder, or a .gguf file"
+                f"{path} is a file of a kind that cannot be loaded; give its folder, or a .gguf "
+                "file"
             )
         return Source(kind="gguf", location=str(path))
     if native.is_checkpoint(path):
@@ -66,7 +71,10 @@ def _local(path: Path) -> Source:
 
 
 def _package_files(name: str) -> Path:
-    """The folder or file of a Python package that ships a model. The package is found, never imported."""
+    """The folder or file of a Python package that ships a model.
+
+    The package is found, never imported.
+    """
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except (ImportError, ValueError):

@@ -23,7 +23,8 @@ class Site:
     """A module that owns at least one float weight matrix (two or more axes).
 
     names: every name the module object is registered under; the first one speaks for it.
-    role: what its weight does, None for a type that has no quantized counterpart. obstacle: why it cannot be quantized.
+    role: what its weight does, None for a type that has no quantized counterpart. obstacle: why it
+    cannot be quantized.
     elements, bytes: of its weight matrices. tied: sites with the same number share one weight.
     """
 
@@ -102,7 +103,9 @@ def _role(module: nn.Module, heads: set[nn.Module]) -> tuple[Role | None, str | 
 
 
 def _heads(model: nn.Module, modules: dict[nn.Module, tuple[str, ...]]) -> set[nn.Module]:
-    """Modules that turn hidden states into logits: what the model calls its output embeddings, or tied to an embedding."""
+    """Modules that turn hidden states into logits:
+    what the model calls its output embeddings, or tied to an embedding.
+    """
     embedded = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     heads = {m for m in modules if isinstance(m, nn.Linear) and id(m.weight) in embedded}
     get_output: Any = getattr(model, "get_output_embeddings", lambda: None)
@@ -111,7 +114,9 @@ def _heads(model: nn.Module, modules: dict[nn.Module, tuple[str, ...]]) -> set[n
 
 
 def owned_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer really held, each storage once, under its first name (parameters before buffers)."""
+    """Every parameter and buffer really held, each storage once, under its first name (parameters
+    before buffers).
+    """
     seen = set()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         meta = tensor.device.type == "meta"

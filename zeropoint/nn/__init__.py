@@ -14,6 +14,8 @@ MODULES: dict[str, type[QModule]] = {q.float_type: q for q in (QLinear, QEmbeddi
 
 
 def quantized_type(module: nn.Module) -> type[QModule] | None:
-    """The quantized module for a float module of exactly this type (a subclass may read its weight in its own way)."""
+    """The quantized module for a float module of exactly this type (a subclass may read its weight
+    in its own way).
+    """
     kind = type(module)
     return MODULES.get(f"{kind.__module__}.{kind.__qualname__}")

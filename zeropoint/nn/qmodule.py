@@ -1,4 +1,7 @@
-"""What all quantized modules share: one weight that is live (float, used through its quantized image) or frozen."""
+"""What all quantized modules share:
+
+one weight that is live (float, used through its quantized image) or frozen.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ PART_NAMES = {"": "weight", "_scale": "weight_scale", "_zero_point": "weight_zer
 class QModule(nn.Module):
     """A module with one quantized weight of N output rows and K columns.
 
-    Live: `weight` is the float parameter; the forward uses its quantized image and gradients reach the parameter.
-    Frozen: the parts of a QTensor are buffers called weight, weight_scale and weight_zero_point, which are also their
-    names in state_dict and on disk; `.weight` returns the QTensor. A frozen module that is tied to another holds no
-    parts and reads the other's, so a tied weight is stored, moved and saved once.
+    Live: `weight` is the float parameter; the forward uses its quantized image and gradients reach
+    the parameter. Frozen: the parts of a QTensor are buffers called weight, weight_scale and
+    weight_zero_point, which are also their names in state_dict and on disk; `.weight` returns the
+    QTensor. A frozen module that is tied to another holds no parts and reads the other's, so a tied
+    weight is stored, moved and saved once.
     """
 
     float_type: ClassVar[str]
@@ -106,7 +110,8 @@ class QModule(nn.Module):
             raise StateError("the module is frozen already")
         if weight.scheme != self.scheme or tuple(weight.shape) != self.shape:
             raise StateError(
-                f"the module needs {self.scheme} of shape {self.shape}, not {weight.scheme} of shape "
+                f"the module needs {self.scheme} of shape {self.shape}, not {weight.scheme} of "
+                "shape "
                 f"{tuple(weight.shape)}"
             )
         self._dtype = weight.dtype
@@ -144,7 +149,10 @@ class QModule(nn.Module):
         self.kernel = choose(spec).kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
-        """`.to(device)` moves the parts; `.to(dtype)` changes what they dequantize to, never the parts themselves."""
+        """`.to(device)` moves the parts;
+
+        `.to(dtype)` changes what they dequantize to, never the parts themselves.
+        """
         if not self.frozen:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._dtype = self.float_weight().dtype

@@ -6,11 +6,10 @@ Pure functions of tensors, usable alone:
 >>> weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
 >>> q = quantize(weight, "int8", symmetric=False)
 >>> q.codes, q.scale, q.zero_point
-(tensor([[-128,  -43,   -1,  127]], dtype=torch.int8), tensor([[0.0118]]), tensor([[-43]], dtype=torch.int8))
->>> dequantize(q.codes, q.scale, q.zero_point, "int8")
-tensor([[-1.0000,  0.0000,  0.4941,  2.0000]])
->>> quantization_error(weight, fake_quantize(weight, "int8", symmetric=False)).max
-0.00588...
+(tensor([[-128,  -43,   -1,  127]], dtype=torch.int8), tensor([[0.0118]]), tensor([[-43]],
+dtype=torch.int8)) >>> dequantize(q.codes, q.scale, q.zero_point, "int8") tensor([[-1.0000,  0.0000,
+0.4941,  2.0000]]) >>> quantization_error(weight, fake_quantize(weight, "int8",
+symmetric=False)).max 0.00588...
 """
 
 from __future__ import annotations
@@ -49,9 +48,10 @@ __all__ = [
 class Quantized(NamedTuple):
     """Codes with what is needed to read them.
 
-    codes: the shape of the values; int8 (integer formats), uint8 (codebooks), float8 or float16/bfloat16.
-    scale: (R, G) of the scale dtype, or None for a downcast. zero_point: (R, G) int8, or None where it is 0.
-    R and G are given in `numerics.granularity`.
+    codes: the shape of the values; int8 (integer formats), uint8 (codebooks), float8 or
+    float16/bfloat16.
+    scale: (R, G) of the scale dtype, or None for a downcast. zero_point: (R, G) int8, or None where
+    it is 0. R and G are given in `numerics.granularity`.
     """
 
     codes: Tensor
@@ -100,11 +100,13 @@ def quantize(
     symmetric: bool = True,
     scale_dtype: str = "float32",
 ) -> Quantized:
-    """Codes nearest to the values on the format's grid: codes = clamp(round(real / scale) + zero_point).
+    """Codes nearest to the values on the format's grid:
+    codes = clamp(round(real / scale) + zero_point).
 
-    values: (N, K) or any shape, float, finite. granularity: "tensor", "channel" or "group"; by default
-    "group" when there is a group_size (values along K that share a scale), else "channel".
-    symmetric: zero_point is 0; False is for integer formats only. The grid spans each block's minimum and maximum.
+    values: (N, K) or any shape, float, finite. granularity: "tensor", "channel" or "group"; by
+    default "group" when there is a group_size (values along K that share a scale), else "channel".
+    symmetric: zero_point is 0; False is for integer formats only. The grid spans each block's
+    minimum and maximum.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError, UnknownNameError, RecipeError.
     """
     fmt = get_format(format)
@@ -146,7 +148,9 @@ def quantize(
 
 
 def _check_image(values: Tensor, quantized: Quantized, format: str) -> None:
-    """Refuse a grid whose points lie beyond the dtype of the values: they would come back as Inf."""
+    """Refuse a grid whose points lie beyond the dtype of the values:
+    they would come back as Inf.
+    """
     limit = torch.finfo(values.dtype).max
     low, high = values.aminmax()
     if max(-low.item(), high.item()) < limit / 2:
@@ -178,9 +182,11 @@ def dequantize(
     zero_point: Tensor | None = None,
     format: str = "int8",
 ) -> Tensor:
-    """real = scale * (codes - zero_point), or scale * levels[codes]. Inverse of `quantize` up to rounding.
+    """real = scale * (codes - zero_point), or scale * levels[codes].
+    Inverse of `quantize` up to rounding.
 
-    codes: any shape; scale, zero_point: (R, G) as `quantize` returned them. Returns float32 of the codes' shape.
+    codes: any shape; scale, zero_point: (R, G) as `quantize` returned them. Returns float32 of the
+    codes' shape.
     """
     fmt = get_format(format)
     if fmt.kind == "downcast":
@@ -204,7 +210,10 @@ def fake_quantize(
     symmetric: bool = True,
     scale_dtype: str = "float32",
 ) -> Tensor:
-    """dequantize(quantize(values)), in the dtype of the values. Arguments and errors of `quantize`."""
+    """dequantize(quantize(values)), in the dtype of the values.
+
+    Arguments and errors of `quantize`.
+    """
     q = quantize(
         values,
         format,

@@ -1,8 +1,9 @@
 """The affine grid: real = scale * (code - zero_point).
 
-Sources: Jacob et al. 2018 (arXiv:1712.05877) eq. 1 for the map; the range is widened to contain 0, so that 0 is
-exact and the zero point is a code. Scales are rounded *up* to their stored dtype before any code is chosen, so
-no value of the range is clipped and |value - dequantized| <= scale / 2 holds for the scale that is stored.
+Sources: Jacob et al. 2018 (arXiv:1712.05877) eq. 1 for the map; the range is widened to contain 0,
+so that 0 is exact and the zero point is a code. Scales are rounded *up* to their stored dtype
+before any code is chosen, so no value of the range is clipped and |value - dequantized| <= scale /
+2 holds for the scale that is stored.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from torch import Tensor
 from zeropoint.errors import ScaleRangeError
 from zeropoint.numerics.formats import Format
 
-# Below these, 1 / scale or scale itself is lost: float16 subnormals are normal numbers once in float32, where the
-# arithmetic happens; the other two share float32's exponent, and its subnormals may be flushed to zero.
+# Below these, 1 / scale or scale itself is lost: float16 subnormals are normal numbers once in
+# float32, where the arithmetic happens; the other two share float32's exponent, and its subnormals
+# may be flushed to zero.
 SCALE_FLOOR = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest number of `dtype` that is >= scale and >= the dtype's floor. scale: any shape, float64, >= 0.
+    """The smallest number of `dtype` that is >= scale and >= the dtype's floor. scale:
+    any shape, float64, >= 0.
 
     Raises ScaleRangeError when a scale is larger than the dtype can hold.
     """
@@ -41,7 +44,8 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def symmetric_scale(blocks: Tensor, real_max: float, scale_dtype: torch.dtype) -> Tensor:
     """scale = max |r| / real_max. blocks: (R, G, B) float; returns (R, G) of scale_dtype, > 0.
 
-    A block whose non-zero values all have one magnitude gets that magnitude as its scale when `real_max` >= 1, which
+    A block whose non-zero values all have one magnitude gets that magnitude as its scale when
+    `real_max` >= 1, which
     makes it exact: the codes are then -1, 0 and 1.
     """
     magnitude = blocks.abs()
@@ -58,8 +62,9 @@ def affine_parameters(
 ) -> tuple[Tensor, Tensor]:
     """scale = (r_max - r_min) / (q_max - q_min); zero_point = round(q_min - r_min / scale).
 
-    r_min, r_max: same shape, float, r_min <= r_max. The range is widened to contain 0 first, which is what keeps the
-    zero point inside [q_min, q_max]. Returns scale (scale_dtype, > 0) and zero_point (int8).
+    r_min, r_max: same shape, float, r_min <= r_max. The range is widened to contain 0 first, which
+    is what keeps the zero point inside [q_min, q_max]. Returns scale (scale_dtype, > 0) and
+    zero_point (int8).
     """
     r_min = r_min.double().clamp_max(0.0)
     r_max = r_max.double().clamp_min(0.0)
@@ -74,9 +79,11 @@ def affine_parameters(
 def asymmetric_parameters(
     blocks: Tensor, fmt: Format, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`affine_parameters` of each block's range. blocks: (R, G, B) float; returns two of shape (R, G).
+    """`affine_parameters` of each block's range. blocks: (R, G, B) float;
+    returns two of shape (R, G).
 
-    A constant block c is stored exactly (up to the scale's dtype) with scale |c| and codes one step from zero.
+    A constant block c is stored exactly (up to the scale's dtype) with scale |c| and codes one step
+    from zero.
     """
     r_min, r_max = blocks.amin(dim=-1), blocks.amax(dim=-1)
     scale, zero_point = affine_parameters(r_min, r_max, fmt, scale_dtype)
@@ -101,7 +108,9 @@ def affine_codes(blocks: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: 
 
 
 def affine_values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """real = scale * (codes - zero_point). codes: (R, G, B); scale, zero_point: (R, G); returns float32."""
+    """real = scale * (codes - zero_point). codes: (R, G, B); scale, zero_point: (R, G);
+    returns float32.
+    """
     real = codes.to(torch.float32)
     if zero_point is not None:
         real -= zero_point.unsqueeze(-1)

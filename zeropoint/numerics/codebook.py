@@ -12,7 +12,9 @@ from zeropoint.numerics.formats import Format
 
 
 def codebook_codes(blocks: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    """The code of the level nearest to real / scale. blocks: (R, G, B) float; scale: (R, G); returns uint8."""
+    """The code of the level nearest to real / scale. blocks: (R, G, B) float; scale: (R, G);
+    returns uint8.
+    """
     assert fmt.levels is not None
     code_of = {level: code for code, level in reversed(list(enumerate(fmt.levels)))}  # -0.0 is 0.0
     ordered = sorted(code_of)

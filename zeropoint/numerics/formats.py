@@ -27,8 +27,10 @@ class Format:
     bits: storage bits of a code. kind: which of the four equations above applies.
     levels: real values of the codes of a codebook, in code order, the largest magnitude being 1.
     dtype: the torch dtype of a float8 or downcast code.
-    group_size: values that share a scale unless the user says otherwise; None means one scale per channel.
-    symmetric: zero_point = 0 unless the user says otherwise. Always True for kinds without a zero point.
+    group_size: values that share a scale unless the user says otherwise; None means one scale per
+    channel.
+    symmetric: zero_point = 0 unless the user says otherwise. Always True for kinds without a zero
+    point.
     """
 
     name: str
@@ -60,7 +62,8 @@ class Format:
         return torch.finfo(self.dtype).max
 
 
-# Appendix E of QLoRA, arXiv:2305.14314: quantiles of N(0, 1) with an exact zero, normalised to [-1, 1].
+# Appendix E of QLoRA, arXiv:2305.14314: quantiles of N(0, 1) with an exact zero, normalised to [-1,
+# 1].
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -68,7 +71,8 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-# bitsandbytes' fp4 (sign, 2 exponent bits, 1 mantissa bit), in its code order; 0.0625 / 12 is its one subnormal.
+# bitsandbytes' fp4 (sign, 2 exponent bits, 1 mantissa bit), in its code order; 0.0625 / 12 is its
+# one subnormal.
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4_LEVELS = _FP4_MAGNITUDES + tuple(-m for m in _FP4_MAGNITUDES)
 

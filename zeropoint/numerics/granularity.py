@@ -1,8 +1,11 @@
-"""Which values share a scale: all of them, one output channel (axis 0), or a group along the input dimension.
+"""Which values share a scale: all of them, one output channel (axis 0), or a group along the input
+dimension.
 
-Every function here sees a tensor as a matrix of N rows (axis 0) and K columns (all other axes, flattened)
+Every function here sees a tensor as a matrix of N rows (axis 0) and K columns (all other axes,
+flattened)
 and cuts it into blocks: (R, G, B) = rows of blocks, blocks per row, values per block.
-Scales and zero points have shape (R, G): (1, 1) per tensor, (N, 1) per channel, (N, K // group_size) per group.
+Scales and zero points have shape (R, G): (1, 1) per tensor, (N, 1) per channel, (N, K //
+group_size) per group.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "group")
 
 
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
-    """(N, K) of a shape: axis 0, and the product of the others. A vector is one row; a scalar is 1 x 1."""
+    """(N, K) of a shape: axis 0, and the product of the others. A vector is one row;
+    a scalar is 1 x 1.
+    """
     if len(shape) <= 1:
         return 1, math.prod(shape)
     return shape[0], math.prod(shape[1:])
@@ -43,7 +48,8 @@ def scale_shape(
         divisor = next((d for d in range(min(group_size, k), 1, -1) if k % d == 0), None)
         smaller = f"group_size={divisor}, " if divisor else ""
         raise GroupSizeError(
-            f"K={k} is not a multiple of group_size={group_size}; use {smaller}group_size=-1 (per channel) "
+            f"K={k} is not a multiple of group_size={group_size}; use {smaller}group_size=-1 (per "
+            "channel) "
             "or exclude this module"
         )
     return n, k // group_size

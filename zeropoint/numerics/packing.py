@@ -1,6 +1,8 @@
-"""Bit packing, low bits first: code i of a row occupies bits [i * bits, (i + 1) * bits) of the row's bytes.
+"""Bit packing, low bits first: code i of a row occupies bits [i * bits, (i + 1) * bits) of the
+row's bytes.
 
-Rows start on a byte; the unused high bits of a row's last byte are zero. Example, bits = 3, codes 1 2 3:
+Rows start on a byte; the unused high bits of a row's last byte are zero. Example, bits = 3, codes 1
+2 3:
 
     byte 0:  bit 7 ... 0  =  11 010 001       (low two bits of 3, then 2, then 1)
     byte 1:  bit 7 ... 0  =  0000000 0        (high bit of 3, then padding)
@@ -18,7 +20,8 @@ def row_bytes(columns: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes. codes: (N, K) uint8 in [0, 2^bits); returns (N, row_bytes(K, bits)) uint8.
+    """Pack unsigned codes. codes: (N, K) uint8 in [0, 2^bits);
+    returns (N, row_bytes(K, bits)) uint8.
 
     >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), bits=3)
     tensor([[209,   0]], dtype=torch.uint8)
