@@ -62,7 +62,10 @@ def replace_directory(
 
 
 def check_writable(path: Path, may_replace: Callable[[Path], str | None]) -> None:
-    """Raises CheckpointError when `path` exists and must not be replaced."""
+    """Raises CheckpointError when `path` must not be replaced, or its folder cannot be written."""
+    parent = next(p for p in Path(os.path.abspath(path)).parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path} cannot be written: no permission to write in {parent}")
     if not path.exists():
         return
     if not path.is_dir():
@@ -102,8 +105,11 @@ def _alive(pid: int) -> bool:
 
 
 def _flush(folder: Path) -> None:
-    """fsync every file and the folder itself."""
+    """Give every file the usual permissions, and fsync it and the folder itself."""
+    mode = 0o666 & ~_umask()
     for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+        if path is not folder:
+            path.chmod(mode)  # safetensors writes files that only their owner can read
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -255,7 +255,7 @@ def _file_problem(path: Path, file: str, row: Mapping[str, Any]) -> str | None:
     if size != row["bytes"]:
         return f"{file} has {size} bytes, not {row['bytes']}: truncated or replaced"
     if _sha256(path / file) != row["sha256"]:
-        return f"{file} has another SHA-256 than when it was written: a bit flipped, or it was replaced"
+        return f"{file} has another SHA-256 than when written: a bit flipped, or it was replaced"
     return None
 
 

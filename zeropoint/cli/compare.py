@@ -52,9 +52,7 @@ def compare(
         silence_libraries()
     words = None if text is None else read_text(text)
     with screen.progress("comparing") as on_step:
-        comparison = compare(
-            reference, candidate, words, tokens=tokens, window=min(WINDOW, tokens), on_step=on_step
-        )
+        comparison = compare(reference, candidate, words, tokens=tokens, on_step=on_step)
     result = comparison.to_dict()
     for role, model in (("reference", reference), ("candidate", candidate)):
         result[role] = {"model": model, **result[role]}

@@ -8,9 +8,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -30,19 +34,45 @@ class Verb(TyperCommand):
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         debug = wants_debug(ctx)
-        try:
-            with warnings.catch_warnings():
-                if not debug:
-                    warnings.simplefilter("ignore")  # of the libraries; ours are in the results
+        with _watching_for_ctrl_c() as pressed, warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")  # of the libraries; ours are in the results
+            try:
                 return super().invoke(ctx)
-        except ZeropointError as e:
-            if debug:
-                traceback.print_exc()
-            message = Text.assemble(("error: ", "bold red"), str(e))
-            stderr_console().print(message, soft_wrap=True)
-            sys.exit(USER_MISTAKE)
-        except KeyboardInterrupt:
-            if debug:
-                traceback.print_exc()
-            stderr_console().print("interrupted; nothing was left half written", soft_wrap=True)
-            sys.exit(INTERRUPTED)
+            except typer.Exit:
+                raise
+            except (Exception, KeyboardInterrupt) as e:
+                if pressed or isinstance(e, KeyboardInterrupt):
+                    code, message = INTERRUPTED, Text("interrupted; nothing was left half written")
+                elif isinstance(e, ZeropointError):
+                    code, message = USER_MISTAKE, Text.assemble(("error: ", "bold red"), str(e))
+                else:
+                    raise
+                if debug:
+                    traceback.print_exc()
+                stderr_console().print(message, soft_wrap=True)
+                sys.exit(code)
+
+
+@contextmanager
+def _watching_for_ctrl_c() -> Iterator[list[int]]:
+    """Yields a list that is no longer empty once Ctrl-C was pressed.
+
+    A KeyboardInterrupt in the middle of a library's import can come out as another error, or be
+    swallowed and cause one later: numpy and torch import each other through C.
+    """
+    pressed: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield pressed  # someone else's business, or ignored as in a background job
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -63,7 +63,7 @@ def _close(name: str, known: list[str]) -> str:
     )
 
 
-# --- the whole model ---------------------------------------------------------------------------
+# --- the whole model ---
 
 
 def _show_model(screen: Screen, source: str, model: Any) -> None:
@@ -103,7 +103,7 @@ def _show_model(screen: Screen, source: str, model: Any) -> None:
     screen.results.print(result)
 
 
-# --- one tensor --------------------------------------------------------------------------------
+# --- one tensor ---
 
 
 def _show_tensor(screen: Screen, name: str, summary: TensorSummary) -> None:

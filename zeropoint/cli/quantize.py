@@ -71,7 +71,9 @@ def quantize(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="DTYPE", help="Of what stays float, and of activations: float32, bfloat16 ..."
+            metavar="DTYPE",
+            help="Of what stays float, and of activations: float32, bfloat16 ... "
+            "auto: the weights' own dtype; for --weights bfloat16 or float16, that.",
         ),
     ] = "auto",
     strict: Annotated[
@@ -97,12 +99,14 @@ def quantize(
         from zeropoint.checkpoints import native
         from zeropoint.checkpoints.atomic import check_writable
         from zeropoint.evaluate.memory import peak_rss_bytes
+        from zeropoint.model.load import float_dtype
         from zeropoint.scheme import Scheme
 
         silence_libraries()
     # What can be refused without the model is refused before the user has waited for it.
     check_writable(output, lambda folder: native.why_not_replace(folder, overwrite))
     get_algorithm(algorithm)
+    rest = float_dtype(dtype)
     rules = None
     if recipe is not None:
         given = {
@@ -114,10 +118,12 @@ def quantize(
         }
         rules = _read_recipe(recipe, [name for name, value in given.items() if value is not None])
     else:
-        Scheme.of(weights or "int8", group_size=group_size, symmetric=symmetric)
+        scheme = Scheme.of(weights or "int8", group_size=group_size, symmetric=symmetric)
+        if scheme.fmt.kind == "downcast" and rest is None:
+            rest = scheme.fmt.dtype  # a downcast model computes in its own dtype
 
     with screen.spinner(f"loading {model}"):
-        loaded, tokenizer = zp.load(model, dtype=dtype)
+        loaded, tokenizer = zp.load(model)
     with screen.spinner("checking the weights"):
         report = zp.quantize(
             loaded,
@@ -131,14 +137,19 @@ def quantize(
         )
     with screen.progress("quantizing") as on_step:
         zp.freeze(loaded, algorithm, on_step=on_step)
+    loaded.to(
+        rest
+    )  # after freezing: codes are chosen from the stored weights, not from rounded ones
     with screen.spinner(f"writing {output}"):
         zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
 
     seconds = time.perf_counter() - start
     peak = peak_rss_bytes()
+    size = zp.footprint(loaded)
     screen.json(
         {"model": model, "output": str(output), "algorithm": algorithm}
         | report.to_dict()
+        | {"bytes_after": size.total_bytes, "bits_per_weight": size.bits_per_weight}
         | {"seconds": seconds, "peak_rss_bytes": peak}
     )
     for warning in report.warnings:
@@ -146,8 +157,8 @@ def quantize(
     _show(screen, report)
     screen.line()
     screen.line(
-        (f"{megabytes(report.bytes_before)} -> {megabytes(report.bytes_after)}", "bold"),
-        f", {report.bits_per_weight:.2f} bits per weight, ",
+        (f"{megabytes(report.bytes_before)} -> {megabytes(size.total_bytes)}", "bold"),
+        f", {size.bits_per_weight:.2f} bits per weight, ",
         f"{report.coverage:.1%} of weight matrices quantized",
     )
     screen.line(

@@ -162,10 +162,8 @@ def compare(
     Raises SourceError (no tokenizer, vocabularies differ, a model that is neither), TextError (too
     little text).
     """
-    if window < 4 or tokens < window:
-        raise TextError(
-            f"tokens={tokens} and window={window}: need at least one window of 4 or more"
-        )
+    if min(window, tokens) < 4:
+        raise TextError(f"tokens={tokens}, window={window}: comparing needs at least 4 of each")
     on_step("loading the reference", 0, 2)
     first, tokenizer = _loaded(reference, tokenizer)
     on_step("loading the candidate", 1, 2)

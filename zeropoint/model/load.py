@@ -54,7 +54,7 @@ def load(
     """
     if task is not None and task not in TASKS:
         raise UnknownNameError(f"{task!r} is not a task; {nearest(task, TASKS)}")
-    torch_dtype = _dtype(dtype)
+    torch_dtype = float_dtype(dtype)
     found = resolve(source)
     if found.kind == "native":
         loaded = _load_native(Path(found.location), task, model)
@@ -68,7 +68,8 @@ def load(
     return loaded.eval(), _load_tokenizer(found)
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def float_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype of a name, None for "auto". Raises UnknownNameError."""
     if dtype == "auto":
         return None
     value = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

