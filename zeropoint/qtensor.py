@@ -51,7 +51,8 @@ class QTensor:
         elif fmt.kind == "float8":
             packed = codes.reshape(-1).view(torch.uint8)
         else:
-            unsigned = (codes.int() - fmt.q_min).to(torch.uint8) if fmt.kind == "integer" else codes
+            integer = fmt.kind == "integer"
+            unsigned = codes.view(torch.uint8) + -fmt.q_min if integer else codes  # wraps around
             packed = pack(unsigned.reshape(rows_and_columns(codes.shape)), fmt.bits).view(-1)
         return cls(
             packed=packed.contiguous(),
@@ -100,7 +101,9 @@ class QTensor:
         n, k = rows_and_columns(self.shape)
         rows = self.packed.view(n, row_bytes(k, fmt.bits))
         codes = unpack(rows, fmt.bits, k).reshape(self.shape)
-        return (codes.short() + fmt.q_min).to(torch.int8) if fmt.kind == "integer" else codes
+        if fmt.kind == "integer":
+            codes = codes.sub_(-fmt.q_min).view(torch.int8)  # wraps around as two's complement
+        return codes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """real = scale * (codes - zero_point), computed in float32.

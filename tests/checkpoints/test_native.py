@@ -186,7 +186,7 @@ def test_an_edited_configuration_is_found(tmp_path):
     file = tmp_path / "m" / "config.json"
     file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     (problem,) = zp.verify(tmp_path / "m")
-    assert problem.startswith("config.json has another SHA-256 than when it was written")
+    assert problem.startswith("config.json has another SHA-256 than when")
 
 
 @pytest.mark.parametrize("file", ["config.json", "zeropoint.json"])

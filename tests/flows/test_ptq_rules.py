@@ -9,56 +9,11 @@ from transformers.pytorch_utils import Conv1D
 
 import zeropoint as zp
 from tests.models import PERCEPTRON_INPUT, build, perceptron
-from zeropoint.errors import (
-    CoverageError,
-    GroupSizeError,
-    NonFiniteError,
-    RecipeError,
-    UnknownNameError,
-    UnusedRuleError,
-    ZeropointError,
-)
+from zeropoint.errors import GroupSizeError, RecipeError, UnknownNameError, UnusedRuleError
 from zeropoint.nn import QConv1D, QModule
-from zeropoint.scheme import Recipe, Rule, Scheme
+from zeropoint.scheme import Recipe, Rule
 
-INT8, INT4 = Scheme.of("int8"), Scheme.of("int4")
-
-
-class Block(nn.Module):
-    """Four linear layers, q and v in one container."""
-
-    def __init__(self, k: int = 64) -> None:
-        super().__init__()
-        self.attention = nn.Module()
-        self.attention.q = nn.Linear(k, 64)
-        self.attention.v = nn.Linear(k, 64)
-        self.up = nn.Linear(64, 128)
-        self.down = nn.Linear(128, 64)
-
-
-def actions(model) -> dict[str, str]:
-    """Scheme by name of the quantized modules; a float module that owns a matrix is "float"."""
-    return {
-        name: str(m.scheme) if isinstance(m, QModule) else "float"
-        for name, m in model.named_modules()
-        if isinstance(m, QModule) or any(p.dim() > 1 for p in m.parameters(recurse=False))
-    }
-
-
-def snapshot(model):
-    """What must be the same after a refused call."""
-    modules = {n: type(m) for n, m in model.named_modules(remove_duplicate=False)}
-    tensors = {n: id(t) for n, t in model.state_dict(keep_vars=True).items()}
-    return modules, tensors, vars(model).keys()
-
-
-def refused(model, error, match, **arguments):
-    """The call raises, and the model is as it was."""
-    before = snapshot(model)
-    with pytest.raises(error, match=match):
-        zp.quantize(model, **arguments)
-    assert snapshot(model) == before
-
+from .cases import INT4, INT8, Block, actions, refused
 
 # --- which rule decides ---------------------------------------------------------------------------
 
@@ -301,127 +256,6 @@ def test_a_tied_weight_counts_once_in_the_report():
     assert rows["head"].bytes_before == rows["head"].bytes_after == 0
     assert rows["embed"].bytes_before == 11 * 64 * 4 and rows["embed"].bytes_after == 11 * 68
     assert report.coverage == 1.0
-
-
-# --- what cannot be quantized ---------------------------------------------------------------------
-
-
-class OwnLinear(nn.Linear):
-    """Reads its weight in its own way."""
-
-    def forward(self, x):
-        return super().forward(x) + self.weight.sum()
-
-
-class Bare(nn.Module):
-    """A matrix in no layer."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(rows, 32))
-        self.layer = nn.Linear(32, 32)
-
-
-def test_a_subclass_of_linear_is_kept_with_the_reason():
-    model = nn.Sequential(nn.Linear(128, 128), OwnLinear(32, 4))
-    x = torch.randn(2, 32)
-    expected = model[1](x)
-    report = zp.quantize(model)
-    assert [(m.name, m.action) for m in report.modules] == [("0", "quantized"), ("1", "kept")]
-    assert report.kept[0].reason == (
-        "OwnLinear is a subclass of Linear and may read its weight in its own way"
-    )
-    assert type(model[1]) is OwnLinear and torch.equal(model[1](x), expected)
-
-
-def test_an_embedding_with_options_of_its_own_is_kept_with_the_reason():
-    model = nn.Sequential(nn.Linear(128, 128), nn.Embedding(4, 32, max_norm=1.0))
-    report = zp.quantize(model)
-    assert report.kept[0].reason == "Embedding with max_norm=1.0 is not supported"
-
-
-def test_a_weight_that_is_small_already_is_kept_with_the_reason():
-    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(32, 32))
-    model[1].weight = nn.Parameter(model[1].weight.to(torch.float8_e4m3fn), requires_grad=False)
-    report = zp.quantize(model)
-    assert report.kept[0].reason == "its weight is torch.float8_e4m3fn already"
-
-
-def test_an_empty_weight_is_kept_with_the_reason():
-    with pytest.warns(UserWarning, match="zero-element"):
-        empty = nn.Linear(0, 4)
-    report = zp.quantize(nn.Sequential(nn.Linear(32, 32), empty))
-    assert report.kept[0].reason == "its weight is empty"
-
-
-def test_a_matrix_of_an_unknown_module_is_kept_with_the_reason_and_counts_as_not_covered():
-    small = zp.quantize(Bare(1), strict=True)
-    assert [(m.name, m.reason) for m in small.kept] == [("", "no quantized counterpart of Bare")]
-    assert small.coverage == 32 / 33
-    message = (
-        r"9\.1% of the weights that no rule keeps would be quantized, the recipe promises at least "
-        r"90\.0%: .*\(10,240 elements\): no quantized counterpart of Bare\. Exclude them, "
-        "lower min_coverage, or use strict=False"
-    )
-    refused(Bare(320), CoverageError, message)
-    report = zp.quantize(Bare(320), strict=False)
-    assert report.coverage == 32 / 352 and report.warnings[0].startswith("9.1%")
-
-
-def test_attention_that_cannot_be_quantized_breaks_the_promise_of_coverage():
-    model = nn.Sequential(nn.MultiheadAttention(64, 4), nn.Linear(64, 64))
-    message = (
-        r"20\.0% of the weights.*0 \(12,288 elements\): no quantized counterpart of "
-        r"MultiheadAttention; 0\.out_proj \(4,096 elements\): NonDynamicallyQuantizableLinear is a "
-        "subclass of Linear"
-    )
-    refused(model, CoverageError, message)
-    report = zp.quantize(model, exclude=["0", "0.*"])
-    assert report.coverage == 0.2 and report.warnings == ()
-
-
-def test_convolutions_break_the_promise_of_coverage():
-    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 10))
-    refused(model, CoverageError, r"1 \(36,864 elements\): no quantized counterpart of Conv2d")
-    only = nn.Sequential(nn.Conv2d(3, 8, 3))
-    refused(
-        only,
-        UnusedRuleError,
-        r"include='\*' finds no module to quantize; 0: no quantized counterpart of Conv2d",
-    )
-
-
-def test_a_recipe_that_quantizes_nothing_is_refused():
-    recipe = Recipe(rules=(Rule(match="*"),))
-    message = r"nothing would be quantized: rule '\*' keeps it"
-    refused(Block(), CoverageError, message, recipe=recipe)
-
-
-def test_the_promise_can_be_lowered():
-    rules = (Rule(match="layer", scheme=INT8),)
-    zp.quantize(Bare(320), recipe=Recipe(rules=rules, min_coverage=0.0))
-    message = "nothing would be quantized: no rule matches"
-    recipe = Recipe(rules=(Rule(match="table"),), min_coverage=0.0)
-    with pytest.raises(ZeropointError):
-        zp.quantize(Bare(320), recipe=recipe)
-    recipe = Recipe(rules=(Rule(match="layer"),), min_coverage=0.0)
-    refused(Bare(320), CoverageError, message, recipe=recipe)
-
-
-# --- weights that cannot be stored ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "bfloat16"])
-def test_a_non_finite_weight_is_refused_by_name(weights, value):
-    model = Block()
-    with torch.no_grad():
-        model.down.weight[3, 7] = value
-    kind = "1 NaN and 0 Inf" if value != value else "0 NaN and 1 Inf"
-    message = rf"^down\.weight: {kind} among 8192 values, the first at \[3, 7\]; repair"
-    refused(model, NonFiniteError, message, weights=weights)
-    zp.quantize(model, weights, exclude="down")
-    zp.freeze(model)
 
 
 # --- module types ---------------------------------------------------------------------------------

@@ -146,6 +146,22 @@ def test_a_hub_model_that_cannot_be_reached_is_refused(monkeypatch):
         zp.load("owner/name")
 
 
+def test_a_hub_model_may_have_no_tokenizer(floats, monkeypatch):
+    """Vision models have none; their load does not fail for it."""
+    found = transformers.AutoConfig.from_pretrained(floats / "vit")
+    model = build("vit")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *a, **k: found)
+    monkeypatch.setattr(
+        transformers.ViTForImageClassification, "from_pretrained", lambda *a, **k: model
+    )
+
+    def missing(*args, **options):
+        raise OSError("no tokenizer")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", missing)
+    assert zp.load("owner/name") == (model, None)
+
+
 def test_a_quantized_file_of_another_library_becomes_a_plain_float_model(tmp_path):
     """GGUF: transformers dequantizes it; nothing marks the result as quantized."""
     gguf = pytest.importorskip("gguf")

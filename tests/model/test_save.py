@@ -55,6 +55,7 @@ def test_a_weight_is_stored_under_its_own_name_in_a_shape_no_float_weight_has(tm
     assert shapes["embed.weight"] == [11 * 64] and dtypes["embed.weight"] == "U8"
     assert {"up.bias", "norm.running_mean", "norm.num_batches_tracked"} < shapes.keys()
     assert not any(name.startswith("head") for name in shapes), "tied: stored once"
+    assert zp.verify(path) == []
 
 
 def test_the_configuration_says_how_the_model_was_quantized(tmp_path):

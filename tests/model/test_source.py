@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,12 @@ def test_a_package_without_model_files_is_refused(packages):
 def test_a_package_that_is_not_installed_is_refused_with_the_command(name):
     with pytest.raises(SourceError, match=f"package:{name}: no Python package .* pip install"):
         resolve(f"package:{name}")
+
+
+def test_a_module_that_python_cannot_place_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zp_odd", types.ModuleType("zp_odd"))  # its __spec__ is None
+    with pytest.raises(SourceError, match="package:zp_odd: no Python package"):
+        resolve("package:zp_odd")
 
 
 def test_the_command_has_the_name_that_the_index_knows():

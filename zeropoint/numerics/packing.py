@@ -50,11 +50,18 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """
     if bits == 8:
         return packed.clone()
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:  # codes do not cross bytes: whole-byte operations, several times faster
+        shifted = [packed >> shift for shift in range(0, 8, bits)]
+        return (
+            torch.stack(shifted, dim=-1)
+            .view(len(packed), packed.shape[1] * 8 // bits)[:, :columns]
+            .bitwise_and_(mask)
+        )
     n, count = packed.shape[0], -(-columns // 8)
     padding = (0, count * bits - packed.shape[1])
     packed = torch.nn.functional.pad(packed, padding).view(n, count, bits)
     codes = torch.empty(n, count, 8, dtype=torch.uint8, device=packed.device)
-    mask = (1 << bits) - 1
     for i in range(8):
         byte, shift = divmod(i * bits, 8)
         code = packed[..., byte] >> shift
