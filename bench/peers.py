@@ -113,6 +113,8 @@ def run_row(name: str, threads: int) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if not getattr(model, "is_quantized", False):
         model.to(torch.bfloat16)
+        rotary = copy.deepcopy(original.model.rotary_emb)  # float32 in every row, as transformers
+        model.model.rotary_emb = rotary  # loads it
     proof = zp.compare(original, model, tokenizer=tokenizer, tokens=COMPARED_TOKENS).to_dict()
     result = {
         "row": name,

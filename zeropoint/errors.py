@@ -78,6 +78,9 @@ class KernelError(ZeropointError):
     """The kernel asked for cannot run here."""
 
 
+_SHOWN = 16  # names in a message; every table of ours is shorter
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """What to print after an unknown name: the closest known ones, or all of them.
 
@@ -88,4 +91,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     names = list(known)
     close = difflib.get_close_matches(name, names, n=3)
-    return f"{'close' if close else 'known'}: " + ", ".join(repr(n) for n in close or names)
+    shown = ", ".join(repr(n) for n in (close or names)[:_SHOWN])
+    more = "" if close or len(names) <= _SHOWN else f" ... ({len(names)} in all)"
+    return f"{'close' if close else 'known'}: {shown}{more}"

@@ -187,6 +187,8 @@ def test_an_edited_configuration_is_found(tmp_path):
     file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     (problem,) = zp.verify(tmp_path / "m")
     assert problem.startswith("config.json has another SHA-256 than when")
+    with pytest.raises(CheckpointError, match="config.json has another SHA-256 than when"):
+        zp.load(tmp_path / "m")
 
 
 @pytest.mark.parametrize("file", ["config.json", "zeropoint.json"])
@@ -194,13 +196,13 @@ def test_an_edited_configuration_is_found(tmp_path):
 def test_a_json_file_that_is_none_is_found(path, file, text):
     (path / file).write_text(text)
     assert any(file in problem for problem in zp.verify(path))
-    with pytest.raises(CheckpointError, match=f"{file} (cannot be read|is not a JSON object)"):
+    with pytest.raises(CheckpointError, match=rf"{file} (cannot be read|is not a JSON object|has \d+ bytes)"):
         zp.load(path, model=Small())
 
 
 def test_a_json_file_that_is_not_text_is_found(path):
     (path / "config.json").write_bytes(b"\xff\xfe{}")
-    both_refuse(path, "config.json cannot be read")
+    both_refuse(path, "config.json has 4 bytes")
 
 
 def test_a_file_that_nobody_listed_is_found(path):
@@ -251,8 +253,8 @@ def test_a_float_twin_of_a_quantized_tensor_is_found(path):
 @pytest.mark.parametrize(
     ("name", "new", "message"),
     [
-        ("norm.weight", torch.ones(33), "norm.weight is (33,) torch.float32, not (32,) float32"),
-        ("norm.weight", torch.ones(32).half(), "norm.weight is (32,) torch.float16, not (32,)"),
+        ("norm.weight", torch.ones(33), "norm.weight is {'shape': [33], 'dtype': 'float32'}, but"),
+        ("norm.weight", torch.ones(32).half(), "norm.weight is {'shape': [32], 'dtype': 'float16'}, but"),
         ("layer.weight", torch.zeros(511, dtype=torch.uint8), "layer.weight is (511,) torch.uint8"),
         ("layer.weight", torch.zeros(512, dtype=torch.int8), "layer.weight is (512,) torch.int8"),
         ("layer.weight_scale", torch.ones(32, 1), "layer.weight_scale is (32, 1) torch.float32"),

@@ -62,7 +62,8 @@ def test_interval_covers_the_mean_about_95_times_in_100():
         values = torch.randn(4096, generator=generator, dtype=torch.float64) + 0.5
         interval = block_bootstrap(values, block=64)
         hits += interval.low <= 0.5 <= interval.high
-    # binomial(200, 0.95): mean 190, sd 3.1; a percentile interval of 64 blocks covers about 94 %; 6 sd each way
+    # binomial(200, 0.95): mean 190, sd 3.1; the percentile interval of 64 blocks covers about 94 %;
+    # 6 sd each way
     assert 170 <= hits <= 200
 
 

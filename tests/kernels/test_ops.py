@@ -241,7 +241,10 @@ def test_linear_refuses_what_does_not_fit_the_weight(device, x, bias, message):
             r"weight shape is \[2, 4, 64\]; linear and embedding need \(N, K\)",
         ),
         ({"scale": None}, "int4 .* has the parts .*_scale.*, not"),
-        ({"packed": WEIGHT.packed.view(torch.int8)}, r"packed is \(256,\) torch.int8, but int4 g32 .* torch.uint8"),
+        (
+            {"packed": WEIGHT.packed.view(torch.int8)},
+            r"packed is \(256,\) torch.int8, but int4 g32 .* torch.uint8",
+        ),
         ({"packed": WEIGHT.packed[:3]}, "packed"),
         ({"scale": WEIGHT.scale[:, :1]}, "scale"),
         ({"scale": WEIGHT.scale.view(4, 4)}, "scale"),
@@ -260,7 +263,9 @@ def test_operators_refuse_parts_that_do_not_fit_together(device, change, message
 
 def test_a_downcast_with_a_scale_is_refused():
     weight = rtn(example_weight(8, 64), Scheme.of("bfloat16"))
-    with pytest.raises(RuntimeError, match=r"bfloat16 has the parts \[\'\'\], not \[\'\', \'_scale\'\]"):
+    with pytest.raises(
+        RuntimeError, match=r"bfloat16 has the parts \[\'\'\], not \[\'\', \'_scale\'\]"
+    ):
         ops.linear(
             torch.ones(2, 64), dataclasses.replace(weight, scale=WEIGHT.scale), None, "torch"
         )

@@ -88,9 +88,9 @@ def _umask() -> int:
 
 def _remove_stale(path: Path) -> None:
     """Remove what killed runs left beside `path`: temporary folders whose process is gone."""
-    for stale in path.parent.glob(f"{_prefix(path)}*"):
+    for stale in path.parent.iterdir():
         pid = stale.name.removeprefix(_prefix(path)).partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+        if stale.name.startswith(_prefix(path)) and pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(stale, ignore_errors=True)
 
 

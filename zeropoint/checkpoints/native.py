@@ -172,15 +172,14 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def read(path: Path) -> Contents:
-    """Everything in a checkpoint, after checking the tensor files' hashes and every tensor's shape
-    and dtype.
+    """Everything in a checkpoint, after checking every file's hash, every tensor's shape and dtype.
 
     Tensors are memory-mapped: reading costs no memory beyond them. Raises CheckpointError.
     """
     manifest = _read_manifest(path)
     files = [f for f in manifest["files"] if f.endswith(".safetensors")]
-    for file in files:
-        problem = _file_problem(path, file, manifest["files"][file])
+    for file, row in manifest["files"].items():
+        problem = _file_problem(path, file, row)
         if problem is not None:
             raise CheckpointError(f"{path}: {problem}; `zeropoint verify {path}` lists all damage")
     stored = _read_tensors(path, files)
@@ -273,34 +272,37 @@ def _read_tensors(path: Path, files: list[str]) -> dict[str, Tensor]:
     return stored
 
 
-def _qtensor(name: str, row: Mapping[str, Any], stored: dict[str, Tensor]) -> QTensor:
+def _qtensor(name: str, row: Any, stored: dict[str, Tensor]) -> QTensor:
     """Take a weight's parts out of `stored`."""
+    parts = {s: stored.pop(name + s) for s in _SUFFIXES if name + s in stored}
     try:
         scheme = Scheme(**row["scheme"])
+        shape = torch.Size(row["shape"])
         dtype = getattr(torch, row["dtype"])
-    except (ZeropointError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{name}: {e}") from e
-    parts = {s: stored.pop(name + s) for s in _SUFFIXES if name + s in stored}
-    check_parts(name, parts, row["shape"], scheme)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{row['dtype']!r} is not a dtype")
+        check_parts(name, parts, shape, scheme)
+    except CheckpointError:
+        raise
+    except (ZeropointError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{name}: its manifest entry makes no sense: {e}") from e
     return QTensor(
         packed=parts[""],
         scale=parts.get("_scale"),
         zero_point=parts.get("_zero_point"),
         scheme=scheme,
-        shape=torch.Size(row["shape"]),
+        shape=shape,
         dtype=dtype,
     )
 
 
-def _tensor(name: str, row: Mapping[str, Any], stored: dict[str, Tensor]) -> Tensor:
+def _tensor(name: str, row: Any, stored: dict[str, Tensor]) -> Tensor:
     if name not in stored:
         raise CheckpointError(f"{name} is missing")
     tensor = stored.pop(name)
-    if list(tensor.shape) != row["shape"] or _dtype_name(tensor.dtype) != row["dtype"]:
-        raise CheckpointError(
-            f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(row['shape'])} "
-            f"{row['dtype']}"
-        )
+    found = {"shape": list(tensor.shape), "dtype": _dtype_name(tensor.dtype)}
+    if found != row:
+        raise CheckpointError(f"{name} is {found}, but the manifest says {row}")
     return tensor
 
 

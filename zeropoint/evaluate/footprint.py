@@ -101,6 +101,7 @@ def footprint(model: nn.Module) -> Footprint:
                 node.children[leaf] = Node(name=full, kind=kind, scheme=scheme)
             node = node.children[leaf]
             node.add(tensor.nbytes, dtype)
+    _sort(root, {name: i for i, (name, _) in enumerate(model.named_modules())})
     return Footprint(
         total_bytes=root.bytes,
         parameter_bytes=held["parameter"],
@@ -109,6 +110,13 @@ def footprint(model: nn.Module) -> Footprint:
         by_dtype=dict(root.by_dtype),
         root=root,
     )
+
+
+def _sort(node: Node, order: dict[str, int]) -> None:
+    """Put children into the order of the model's modules; tensors came parameters first."""
+    node.children = dict(sorted(node.children.items(), key=lambda c: order.get(c[1].name, 0)))
+    for child in node.children.values():
+        _sort(child, order)
 
 
 def _rows(node: Node, total: int, depth: int) -> Any:

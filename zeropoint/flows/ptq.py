@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import Tensor, nn
+from torch import nn
 
 from zeropoint.algorithms import get_algorithm
 from zeropoint.errors import (
@@ -78,8 +78,6 @@ def quantize(
         raise StateError("the model is quantized already; call zp.dequantize(model) first")
     sites = weight_sites(model)
     for site in sites:
-        if site.module is model:
-            replace_module(model, site.names, model)  # raises
         if next(site.module.parameters()).device.type == "meta":
             raise StateError(
                 f"{site.name} is on the meta device, without values; load the weights first"
@@ -99,7 +97,14 @@ def quantize(
             "give either a recipe, or weights / group_size / symmetric / include / exclude"
         )
     plan = _plan(model, sites, recipe)
-    warnings = [*_check_rules(plan, recipe, sites), *plan.obstacles, *_check_coverage(plan, recipe)]
+    root = next((s for s in plan.schemes if s.module is model), None)
+    if root is not None:
+        replace_module(model, root.names, model)  # raises: there is nothing to put it into
+    warnings = [
+        *_check_rules(plan, recipe, model, sites),
+        *plan.obstacles,
+        *_check_coverage(plan, recipe),
+    ]
     if strict and warnings:
         raise warnings[0]
     for site in plan.schemes:
@@ -132,25 +137,19 @@ def freeze(model: nn.Module, algorithm: str = "rtn", *, on_step: OnStep = no_pro
     if not live:
         state = "frozen already" if modules else "not quantized; call zp.quantize(model) first"
         raise StateError(f"there is nothing to freeze: the model is {state}")
-    owners: dict[int, QModule] = {}
-    for done, (name, module) in enumerate(live.items()):
-        on_step(name, done, len(live))
-        parameter = module._parameters["weight"]
-        owner = owners.setdefault(id(parameter), module)
-        if owner is not module:
-            module.freeze_tied(owner)
-            continue
+    groups: dict[int, list[str]] = {}
+    for name, module in live.items():
+        groups.setdefault(id(module._parameters["weight"]), []).append(name)
+    for done, (name, *tied) in enumerate(groups.values()):
+        on_step(name, done, len(groups))
         try:
-            qweight = choose_codes(_detached(module), module.scheme)
+            qweight = choose_codes(live[name].float_weight().detach(), live[name].scheme)
         except ZeropointError as e:
             raise type(e)(f"{name}.weight: {e}") from e
-        del parameter
-        module.freeze(qweight)
-    on_step("", len(live), len(live))
-
-
-def _detached(module: QModule) -> Tensor:
-    return module.float_weight().detach()
+        live[name].freeze(qweight)
+        for other in tied:  # at once: a call that stops between groups can be repeated
+            live[other].freeze_tied(live[name])
+    on_step("", len(groups), len(groups))
 
 
 def dequantize(model: nn.Module) -> None:
@@ -309,7 +308,9 @@ def _settle_ties(plan: _Plan, sites: list[Site]) -> None:
             )
 
 
-def _check_rules(plan: _Plan, recipe: Recipe, sites: list[Site]) -> list[ZeropointError]:
+def _check_rules(
+    plan: _Plan, recipe: Recipe, model: nn.Module, sites: list[Site]
+) -> list[ZeropointError]:
     errors: list[ZeropointError] = []
     for rule in recipe.rules:
         if rule in plan.used:
@@ -324,12 +325,8 @@ def _check_rules(plan: _Plan, recipe: Recipe, sites: list[Site]) -> list[Zeropoi
                 UnusedRuleError(f"rule {rule} decides nothing: of {names[0]!r} and others, {why}")
             )
         else:
-            close = (
-                nearest(rule.match, dict.fromkeys(s.name for s in sites))
-                if sites
-                else "no weight matrices"
-            )
-            errors.append(UnusedRuleError(f"rule {rule} matched no module; {close}"))
+            hint = _hint(rule.match, model, sites)
+            errors.append(UnusedRuleError(f"rule {rule} matched no module; {hint}"))
     return errors
 
 

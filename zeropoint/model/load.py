@@ -58,7 +58,8 @@ def load(
     found = resolve(source)
     if found.kind == "native":
         loaded = _load_native(Path(found.location), task, model)
-        loaded.to(device=_device(device_map), dtype=torch_dtype)
+        _cast(loaded, torch_dtype)
+        loaded.to(_device(device_map))
     elif model is not None:
         raise SourceError(
             "model= is for zeropoint checkpoints; a float checkpoint loads into its own class"
@@ -209,6 +210,27 @@ def _load_native(path: Path, task: str | None, model: nn.Module | None) -> nn.Mo
     return skeleton
 
 
+def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Change what was loaded to `dtype`, and leave what a model computes for itself: rotary
+    frequencies, which are not stored, keep their precision. As transformers does. In place.
+    """
+    if dtype is None:
+        return
+    for module in model.modules():
+        if isinstance(module, QModule):
+            module.to(dtype)
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        for name in module._buffers.keys() - module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    if hasattr(model, "config"):
+        model.config.dtype = dtype
+
+
 def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -258,14 +280,15 @@ def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
     made: dict[str, nn.Parameter] = {}
     for module, names in named_modules(model).items():
         prefix = f"{names[0]}." if names[0] else ""
-        if isinstance(module, QModule):
-            _assign(path, module._parameters, prefix, contents, left, made)
-            continue
         _assign(path, module._parameters, prefix, contents, left, made)
-        persistent = module._buffers.keys() - module._non_persistent_buffers_set
-        for leaf in persistent:
-            if module._buffers[leaf] is not None:
-                module._buffers[leaf] = _take(path, prefix + leaf, contents, left)
+        if isinstance(module, QModule):
+            continue  # its buffers are the weight's parts
+        for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
+            old = module._buffers[leaf]
+            if old is not None:
+                new = _take(path, prefix + leaf, contents, left)
+                _check_shape(path, prefix + leaf, new, old)
+                module._buffers[leaf] = new
     if left:
         raise CheckpointError(f"{path} holds {sorted(left)[0]}, which the model does not have")
 
@@ -284,13 +307,16 @@ def _assign(
         owner = contents.tied.get(prefix + leaf, prefix + leaf)
         if owner not in made:
             tensor = _take(path, owner, contents, left)
-            if tensor.shape != old.shape:
-                raise CheckpointError(
-                    f"{path}: {owner} is {tuple(tensor.shape)}, but the model has "
-                    f"{tuple(old.shape)}"
-                )
+            _check_shape(path, owner, tensor, old)
             made[owner] = nn.Parameter(tensor, requires_grad=old.requires_grad)
         parameters[leaf] = made[owner]
+
+
+def _check_shape(path: Path, name: str, stored: Tensor, wanted: Tensor) -> None:
+    if stored.shape != wanted.shape:
+        raise CheckpointError(
+            f"{path}: {name} is {tuple(stored.shape)}, but the model has {tuple(wanted.shape)}"
+        )
 
 
 def _take(path: Path, name: str, contents: native.Contents, left: dict[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zeropoint.checkpoints import native
 from zeropoint.errors import StateError
 from zeropoint.model.walk import named_modules, quantized_modules
-from zeropoint.nn import QModule
+from zeropoint.nn import PART_NAMES, QModule
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Recipe, Rule
 
@@ -75,11 +75,17 @@ def _contents(model: nn.Module) -> native.Contents:
             if module.tied_to is None:
                 qweights[owner] = module.qweight
             tied |= {f"{n}.weight": owner for n in names if f"{n}.weight" != owner}
-    parts = {name + suffix for name, w in qweights.items() for suffix in w.parts}
+    parts = {
+        f"{name}.{part}"
+        for module, names in modules.items()
+        if isinstance(module, QModule)
+        for name in names
+        for part in PART_NAMES.values()
+    }
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in parts or any(name.startswith(alias) for alias in tied):
+        if name in parts:
             continue
         owner = owners.setdefault(id(tensor), name)
         if owner == name:
@@ -96,9 +102,7 @@ def _contents(model: nn.Module) -> native.Contents:
 
 
 def _without_shared_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that are views of another one's memory, which safetensors refuses to
-    write.
-    """
+    """Copies of tensors that are views of another's memory, which safetensors refuses to write."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():

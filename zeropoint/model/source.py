@@ -79,7 +79,7 @@ def _package_files(name: str) -> Path:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except (ImportError, ValueError):
         spec = None
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or not spec.submodule_search_locations:
         raise SourceError(
             f"package:{name}: no Python package {name!r} is installed; "
             f"pip install --no-deps {name.replace('_', '-') or 'NAME'}"

@@ -89,6 +89,10 @@ def _role(module: nn.Module, heads: set[nn.Module]) -> tuple[Role | None, str | 
             None,
             f"{kind} is a subclass of {base.__name__} and may read its weight in its own way",
         )
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return None, f"the weight of this {kind} is computed from other parameters"
+    if _has_extras(module):
+        return None, "it carries hooks or tensors beside weight and bias, which would be lost"
     weight: Any = module.weight
     if weight.dtype not in FLOATS:
         return None, f"its weight is {weight.dtype} already"
@@ -100,6 +104,12 @@ def _role(module: nn.Module, heads: set[nn.Module]) -> tuple[Role | None, str | 
     if isinstance(module, nn.Embedding):
         return "embedding", None
     return ("head" if module in heads else "linear"), None
+
+
+def _has_extras(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    children = (module._buffers, module._modules, module._parameters.keys() - {"weight", "bias"})
+    return any(hooks) or any(children)
 
 
 def _heads(model: nn.Module, modules: dict[nn.Module, tuple[str, ...]]) -> set[nn.Module]:

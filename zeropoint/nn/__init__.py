@@ -6,9 +6,9 @@ from torch import nn
 
 from zeropoint.nn.embedding import QEmbedding
 from zeropoint.nn.linear import QConv1D, QLinear
-from zeropoint.nn.qmodule import QModule
+from zeropoint.nn.qmodule import PART_NAMES, QModule
 
-__all__ = ["MODULES", "QConv1D", "QEmbedding", "QLinear", "QModule", "quantized_type"]
+__all__ = ["MODULES", "PART_NAMES", "QConv1D", "QEmbedding", "QLinear", "QModule", "quantized_type"]
 
 MODULES: dict[str, type[QModule]] = {q.float_type: q for q in (QLinear, QEmbedding, QConv1D)}
 

@@ -31,7 +31,7 @@ class QLinear(QModule):
         weight, bias = module.weight, module.bias
         assert isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
         new = cls(scheme, cls.weight_shape(module), weight.dtype, bias)
-        new._parameters["weight"] = weight
+        new._parameters = {"weight": weight, "bias": bias}  # in the float module's order
         return new.train(module.training)
 
     def to_float(self) -> nn.Module:
