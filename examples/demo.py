@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
@@ -33,6 +34,7 @@ COMPARED_TOKENS = 4096
 BENCH = ("--prompt-tokens", "512", "--new-tokens", "8")
 
 console = Console()
+wide = Console(width=max(console.width, 104))  # the table needs it
 
 
 def continuation(model: Any, tokenizer: Any) -> str:
@@ -75,20 +77,21 @@ def measure(original: Any, tokenizer: Any, weights: str, out: Path) -> dict[str,
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     """One row a model: what it weighs, what it lost, how fast it is."""
-    result = Table(title=f"{SOURCE}, {COMPARED_TOKENS} tokens of held-out text")
-    headings = ("", "size MB", "bits per weight", "perplexity", "delta NLL (95 %)", "mean KL")
-    for heading in (*headings, "top-1", "prefill tok/s", "decode tok/s", "peak memory MB"):
-        result.add_column(heading, justify="left" if not heading else "right")
+    result = Table(title=f"{SOURCE}, {COMPARED_TOKENS} tokens of held-out text", box=box.SIMPLE)
+    numbers = ("size\nMB", "bits per\nweight", "perplexity", "delta NLL\n(95 % interval)")
+    speeds = ("mean KL", "top-1", "prefill\ntok/s", "decode\ntok/s", "peak\nMB")
+    result.add_column("", no_wrap=True)
+    for heading in (*numbers, *speeds):
+        result.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         proof, speed = row["comparison"], row["speed"]
-        side = proof["candidate"]
-        delta = proof["delta_nll"]
+        side, delta = proof["candidate"], proof["delta_nll"]
         result.add_row(
             name,
             f"{side['bytes'] / 1e6:.1f}",
             f"{side['bits_per_weight']:.2f}",
             f"{side['perplexity']:.2f}",
-            f"{delta['mean']:+.4f} ({delta['low']:+.4f} to {delta['high']:+.4f})",
+            f"{delta['mean']:+.4f}\n({delta['low']:+.4f} {delta['high']:+.4f})",
             f"{proof['kl']['mean']:.4f}",
             f"{proof['top1_agreement']:.1%}",
             f"{speed['prefill_tokens_per_second']:.0f}",
@@ -118,7 +121,7 @@ def main() -> None:
         rows["bfloat16"] = measure(original, tokenizer, "bfloat16", Path(scratch))
     for weights in ("int8", "int4"):
         rows[weights] = measure(original, tokenizer, weights, out)
-    console.print(table(rows))
+    wide.print(table(rows))
     for name, row in rows.items():
         console.print(f"{name:>9}: {PROMPT}[bold]{row['continuation']}[/bold]", highlight=False)
     seconds = time.perf_counter() - start

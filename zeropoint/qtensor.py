@@ -110,6 +110,8 @@ class QTensor:
 
         Returns `shape`, in `dtype` or self.dtype.
         """
+        if self.scheme.fmt.kind == "downcast":
+            return self.packed.to(dtype or self.dtype)
         real = dequantize(self.codes, self.scale, self.zero_point, self.scheme.format)
         return real.to(dtype or self.dtype)
 

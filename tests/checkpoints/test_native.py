@@ -196,7 +196,9 @@ def test_an_edited_configuration_is_found(tmp_path):
 def test_a_json_file_that_is_none_is_found(path, file, text):
     (path / file).write_text(text)
     assert any(file in problem for problem in zp.verify(path))
-    with pytest.raises(CheckpointError, match=rf"{file} (cannot be read|is not a JSON object|has \d+ bytes)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{file} (cannot be read|is not a JSON object|has \d+ bytes)"
+    ):
         zp.load(path, model=Small())
 
 
@@ -254,7 +256,11 @@ def test_a_float_twin_of_a_quantized_tensor_is_found(path):
     ("name", "new", "message"),
     [
         ("norm.weight", torch.ones(33), "norm.weight is {'shape': [33], 'dtype': 'float32'}, but"),
-        ("norm.weight", torch.ones(32).half(), "norm.weight is {'shape': [32], 'dtype': 'float16'}, but"),
+        (
+            "norm.weight",
+            torch.ones(32).half(),
+            "norm.weight is {'shape': [32], 'dtype': 'float16'}, but",
+        ),
         ("layer.weight", torch.zeros(511, dtype=torch.uint8), "layer.weight is (511,) torch.uint8"),
         ("layer.weight", torch.zeros(512, dtype=torch.int8), "layer.weight is (512,) torch.int8"),
         ("layer.weight_scale", torch.ones(32, 1), "layer.weight_scale is (32, 1) torch.float32"),

@@ -165,7 +165,9 @@ def test_a_model_without_matrices_is_refused():
     model = nn.Sequential(nn.LayerNorm(8), nn.ReLU())
     refused(model, UnusedRuleError, "the model has no weight matrices")
     recipe = Recipe(rules=(Rule(match="x", scheme=INT8),))
-    refused(model, UnusedRuleError, "matched no module; the model has no weight matrices", recipe=recipe)
+    refused(
+        model, UnusedRuleError, "matched no module; the model has no weight matrices", recipe=recipe
+    )
 
 
 def test_a_recipes_rule_that_matches_nothing_is_refused():
