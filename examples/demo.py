@@ -34,7 +34,7 @@ COMPARED_TOKENS = 4096
 BENCH = ("--prompt-tokens", "512", "--new-tokens", "8")
 
 console = Console()
-wide = Console(width=max(console.width, 104))  # the table needs it
+wide = Console(width=max(console.width, 112))  # the table needs it
 
 
 def continuation(model: Any, tokenizer: Any) -> str:
@@ -77,7 +77,9 @@ def measure(original: Any, tokenizer: Any, weights: str, out: Path) -> dict[str,
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     """One row a model: what it weighs, what it lost, how fast it is."""
-    result = Table(title=f"{SOURCE}, {COMPARED_TOKENS} tokens of held-out text", box=box.SIMPLE)
+    result = Table(
+        title=f"{SOURCE}, {COMPARED_TOKENS} tokens of held-out text", box=box.SIMPLE, pad_edge=False
+    )
     numbers = ("size\nMB", "bits per\nweight", "perplexity", "delta NLL\n(95 % interval)")
     speeds = ("mean KL", "top-1", "prefill\ntok/s", "decode\ntok/s", "peak\nMB")
     result.add_column("", no_wrap=True)
