@@ -4,8 +4,8 @@
 
 Every row runs in a process of its own, one after the other: load SmolLM2-135M in float32, make a
 bfloat16 copy, quantize that, compare with the float32 original on held-out text (the answer is
-checked before it is timed), then time 512 tokens of prefill and 16 of decode. Appends one JSON line a row
-to bench/results/peers.jsonl and prints the table.
+checked before it is timed), then time 512 tokens of prefill and 16 of decode. Appends one JSON
+line a row to bench/results/peers.jsonl and prints the table.
 """
 
 from __future__ import annotations
