@@ -89,8 +89,8 @@ class QTensor:
 
     @property
     def codes(self) -> Tensor:
-        """Unpacked codes, of shape `shape`:
-        int8, uint8 (codebook), float8, or the downcast itself.
+        """Unpacked codes, of shape `shape`: int8, uint8 (codebook), float8, or the downcast
+        itself.
         """
         fmt = self.scheme.fmt
         if fmt.kind == "downcast":

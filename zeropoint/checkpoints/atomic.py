@@ -133,8 +133,8 @@ def _move_into_place(new: Path, path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders in one step. Where the system cannot, in two steps:
-    a kill between leaves `old` as .NAME.old.
+    """Swap two folders in one step. Where the system cannot, in two steps: a kill between leaves
+    `old` as .NAME.old.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:

@@ -45,8 +45,8 @@ _SUFFIXES = ("", "_scale", "_zero_point")
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A checkpoint's tensors. qweights, tensors: by their full names. tied:
-    other name -> name it shares storage with.
+    """A checkpoint's tensors. qweights, tensors: by their full names. tied: other name -> name it
+    shares storage with.
     """
 
     qweights: Mapping[str, QTensor]

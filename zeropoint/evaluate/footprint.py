@@ -12,8 +12,8 @@ from zeropoint.model.walk import owned_tensors, quantized_modules, weight_elemen
 
 @dataclass(kw_only=True)
 class Node:
-    """One module. bytes: of everything below it. kind: its class. scheme:
-    how it is quantized, or None.
+    """One module. bytes: of everything below it. kind: its class. scheme: how it is quantized, or
+    None.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of a model. parameter_bytes + buffer_bytes = total_bytes;
-    a frozen module's parts are buffers.
+    """Bytes of a model. parameter_bytes + buffer_bytes = total_bytes; a frozen module's parts are
+    buffers.
 
     parameters: numbers the model stands for, quantized ones included. bits_per_weight: 8 *
     total_bytes / parameters.
@@ -80,8 +80,8 @@ class Footprint:
 
 
 def footprint(model: nn.Module) -> Footprint:
-    """Count the bytes a model really holds:
-    parameters and buffers, by dtype, tied tensors once, under their first name.
+    """Count the bytes a model really holds: parameters and buffers, by dtype, tied tensors once,
+    under their first name.
     """
     quantized = quantized_modules(model)
     root = Node(name="", kind=type(model).__name__, scheme=None)
@@ -120,8 +120,8 @@ def _sort(node: Node, order: dict[str, int]) -> None:
 
 
 def _rows(node: Node, total: int, depth: int) -> Any:
-    """(label, size) of a node and what is below it;
-    equal siblings with consecutive numbers are one row.
+    """(label, size) of a node and what is below it; equal siblings with consecutive numbers are one
+    row.
     """
     name = node.name.rpartition(".")[2] or node.kind
     yield _row("  " * depth + name, node, total, 1)

@@ -22,11 +22,10 @@ PREFILLS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """prefill: prompt_tokens at once, median of 5 runs after a warm-up. decode:
-    one token at a time after the prompt,
-    from the median time of a token. load_seconds: from the call to a model that can run.
-    peak_rss_bytes: of the process since it started, loading included. kernels: number of modules
-    each kernel serves; "float" is torch's own.
+    """prefill: prompt_tokens at once, median of 5 runs after a warm-up. decode: one token at a time
+    after the prompt, from the median time of a token. load_seconds: from the call to a model that
+    can run. peak_rss_bytes: of the process since it started, loading included. kernels: number of
+    modules each kernel serves; "float" is torch's own.
     """
 
     prefill_tokens_per_second: float

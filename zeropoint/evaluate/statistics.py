@@ -13,8 +13,8 @@ ROWS_AT_ONCE = 64  # rows of logits widened to float64 at a time
 
 
 class Interval(NamedTuple):
-    """A mean with its 95 % interval;
-    low and high are None when there are too few blocks to resample.
+    """A mean with its 95 % interval; low and high are None when there are too few blocks to
+    resample.
     """
 
     mean: float
@@ -41,8 +41,8 @@ def block_bootstrap(values: Tensor, *, block: int = BLOCK_TOKENS, seed: int = 0)
 
 
 class TokenDistances(NamedTuple):
-    """Per token, (T,) float64 unless said:
-    negative log likelihoods, KL(reference || candidate), same top token (bool).
+    """Per token, (T,) float64 unless said: negative log likelihoods, KL(reference || candidate),
+    same top token (bool).
     """
 
     reference_nll: Tensor
@@ -52,8 +52,8 @@ class TokenDistances(NamedTuple):
 
 
 def token_distances(reference: Tensor, candidate: Tensor, targets: Tensor) -> TokenDistances:
-    """Compare two models' logits for the same tokens. reference, candidate: (T, V) float;
-    targets: (T,) int.
+    """Compare two models' logits for the same tokens. reference, candidate: (T, V) float; targets:
+    (T,) int.
 
     KL = sum_v p_v (log p_v - log q_v), in float64, a few rows at a time.
     """
@@ -82,8 +82,8 @@ def _distances(reference: Tensor, candidate: Tensor, targets: Tensor) -> TokenDi
 
 
 def rank_agreement(a: Tensor, b: Tensor) -> float:
-    """Spearman's correlation: Pearson's, of the ranks (ties share their mean rank). a, b:
-    (n,) float, n >= 2.
+    """Spearman's correlation: Pearson's, of the ranks (ties share their mean rank). a, b: (n,)
+    float, n >= 2.
     """
     ranks = torch.stack([_ranks(a), _ranks(b)])
     return float(torch.corrcoef(ranks)[0, 1])

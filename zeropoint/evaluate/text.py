@@ -31,7 +31,7 @@ def read_text(path: str | Path) -> str:
 
 
 def fingerprint(text: str) -> str:
-    """First 16 hex digits of the text's SHA-256:
-    two results with the same one saw the same text.
+    """First 16 hex digits of the text's SHA-256: two results with the same one saw the same
+    text.
     """
     return hashlib.sha256(text.encode()).hexdigest()[:16]

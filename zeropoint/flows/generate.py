@@ -86,16 +86,12 @@ def generate(
             streamer=_Counter(max_new_tokens, on_step),
         )[0]
     seconds = time.perf_counter() - start
-    head = (
-        1 if answers else prompt_tokens
-    )  # an encoder-decoder's output begins with its start token
+    head = 1 if answers else prompt_tokens  # an encoder-decoder's output has its start token first
     continuation = text = _decode(tokenizer, tokens[head:])
     if not answers:
         text = _decode(tokenizer, tokens)
         before = _decode(tokenizer, tokens[:head])
-        if text.startswith(
-            before
-        ):  # tokenizers that strip a leading space would lose the one between the two
+        if text.startswith(before):  # decoded alone, it may lose the space between the two
             continuation = text.removeprefix(before)
     return Generation(
         text=text,

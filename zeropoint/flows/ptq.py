@@ -1,5 +1,5 @@
-"""Post-training quantization of a model in memory:
-quantize -> live, freeze -> codes only, dequantize -> float again.
+"""Post-training quantization of a model in memory: quantize -> live, freeze -> codes only,
+dequantize -> float again.
 
     float  --quantize-->  live  --freeze-->  frozen
       ^-------------------dequantize-----------'
@@ -59,8 +59,8 @@ def quantize(
     recipe: Recipe | None = None,
     strict: bool = True,
 ) -> Report:
-    """Put the model into the live state:
-    float weights kept, every forward uses their quantized image. In place.
+    """Put the model into the live state: float weights kept, every forward uses their quantized
+    image. In place.
 
     weights: a format name ("int8" when there is no recipe). group_size: values per scale along the
     input dimension; None for the format's default, -1 for one scale per output channel. symmetric:
@@ -192,8 +192,8 @@ def _recipe(
     model: nn.Module,
     sites: list[Site],
 ) -> Recipe:
-    """Rules for the arguments of `quantize`:
-    exclusions first, then each included pattern by role.
+    """Rules for the arguments of `quantize`: exclusions first, then each included pattern by
+    role.
     """
     linear = Scheme.of(weights, group_size=group_size, symmetric=symmetric)
     by_row = linear if linear.fmt.bits > 8 else Scheme.of("int8", group_size=PER_CHANNEL)
@@ -235,8 +235,8 @@ def _hint(pattern: str, model: nn.Module, sites: list[Site]) -> str:
 
 @dataclass(frozen=True)
 class _Plan:
-    """schemes: of the sites to quantize. reasons: why the others are kept. by_rule:
-    those kept because a rule says so.
+    """schemes: of the sites to quantize. reasons: why the others are kept. by_rule: those kept
+    because a rule says so.
 
     obstacles: what strict mode refuses. used: rules that decided about at least one site.
     """
@@ -285,8 +285,8 @@ def _rule_of(site: Site, recipe: Recipe) -> Rule | None:
 
 
 def _settle_ties(plan: _Plan, sites: list[Site]) -> None:
-    """Sites that share a weight share its fate:
-    one kept keeps all, and two schemes for one tensor are an error.
+    """Sites that share a weight share its fate: one kept keeps all, and two schemes for one tensor
+    are an error.
     """
     groups: dict[int, list[Site]] = {}
     for site in sites:

@@ -53,8 +53,8 @@ def _per_value(parameter: Tensor, n: int, k: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
-    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,);
-    returns (..., N) of x's dtype.
+    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of
+    x's dtype.
     """
     y = x.double() @ weight_values(weight).T
     if bias is not None:

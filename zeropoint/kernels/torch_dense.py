@@ -18,15 +18,15 @@ def why_not(spec: Spec) -> str | None:
 
 
 def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
-    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,);
-    returns (..., N) of x's dtype.
+    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of
+    x's dtype.
     """
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 
 
 def embedding(indices: Tensor, weight: QTensor, dtype: torch.dtype) -> Tensor:
-    """Rows of the weight, the others never unpacked. indices: (...) int;
-    returns (..., K) of `dtype`.
+    """Rows of the weight, the others never unpacked. indices: (...) int; returns (..., K) of
+    `dtype`.
     """
     rows = weight.rows(indices.reshape(-1)).dequantize(dtype)
     return rows.view(*indices.shape, weight.shape[1])

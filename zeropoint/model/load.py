@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -123,8 +122,8 @@ def _location(found: Source) -> tuple[str, dict[str, Any]]:
 
 
 def _model_class(config: Any, task: str | None) -> Any:
-    """The class for a task; else the one the configuration names;
-    else by what the configuration can be.
+    """The class for a task; else the one the configuration names; else by what the configuration
+    can be.
     """
     import transformers
 
@@ -146,8 +145,8 @@ def _is_encoder(config: Any) -> bool:
 
 
 def _plain(loaded: Any) -> nn.Module:
-    """The same weights in a model that transformers does not mark as GGUF-quantized:
-    they have been dequantized.
+    """The same weights in a model that transformers does not mark as GGUF-quantized: they have been
+    dequantized.
     """
     from accelerate import init_empty_weights
 
@@ -241,7 +240,7 @@ def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
             "module of its structure"
         )
     data = {k: v for k, v in config.items() if k != "quantization_config"}
-    parsed = AutoConfig.for_model(**json.loads(json.dumps(data)))
+    parsed = AutoConfig.for_model(**data)
     kind = _model_class(parsed, task)
     with init_empty_weights():
         skeleton: nn.Module = (

@@ -38,8 +38,8 @@ def recipe_of(model: nn.Module) -> Recipe:
 def save(
     model: nn.Module, path: str | Path, *, tokenizer: Any = None, overwrite: bool = False
 ) -> None:
-    """Write a frozen model as a checkpoint folder:
-    safetensors, config.json, manifest, and the tokenizer if given.
+    """Write a frozen model as a checkpoint folder: safetensors, config.json, manifest, and the
+    tokenizer if given.
 
     Written to a sibling folder and renamed, so a kill at any moment leaves the old checkpoint or
     the new one.

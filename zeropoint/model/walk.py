@@ -113,8 +113,8 @@ def _has_extras(module: nn.Module) -> bool:
 
 
 def _heads(model: nn.Module, modules: dict[nn.Module, tuple[str, ...]]) -> set[nn.Module]:
-    """Modules that turn hidden states into logits:
-    what the model calls its output embeddings, or tied to an embedding.
+    """Modules that turn hidden states into logits: what the model calls its output embeddings, or
+    tied to an embedding.
     """
     embedded = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     heads = {m for m in modules if isinstance(m, nn.Linear) and id(m.weight) in embedded}

@@ -11,8 +11,8 @@ from zeropoint.scheme import Role, Scheme
 
 
 class QEmbedding(QModule):
-    """y = dequantize(weight)[indices]. indices: (...) int; weight: (N, K); y:
-    (..., K) in the model's dtype.
+    """y = dequantize(weight)[indices]. indices: (...) int; weight: (N, K); y: (..., K) in the
+    model's dtype.
     """
 
     float_type = "torch.nn.modules.sparse.Embedding"

@@ -72,8 +72,8 @@ class QLinear(QModule):
 
 
 class QConv1D(QLinear):
-    """Quantized `transformers.pytorch_utils.Conv1D`:
-    a linear layer whose float weight is stored as (K, N).
+    """Quantized `transformers.pytorch_utils.Conv1D`: a linear layer whose float weight is stored as
+    (K, N).
     """
 
     float_type = "transformers.pytorch_utils.Conv1D"

@@ -111,8 +111,7 @@ class QModule(nn.Module):
         if weight.scheme != self.scheme or tuple(weight.shape) != self.shape:
             raise StateError(
                 f"the module needs {self.scheme} of shape {self.shape}, not {weight.scheme} of "
-                "shape "
-                f"{tuple(weight.shape)}"
+                f"shape {tuple(weight.shape)}"
             )
         self._dtype = weight.dtype
         del self._parameters["weight"]
@@ -149,9 +148,8 @@ class QModule(nn.Module):
         self.kernel = choose(spec).kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
-        """`.to(device)` moves the parts;
-
-        `.to(dtype)` changes what they dequantize to, never the parts themselves.
+        """`.to(device)` moves the parts; `.to(dtype)` changes what they dequantize to, never the
+        parts themselves.
         """
         if not self.frozen:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

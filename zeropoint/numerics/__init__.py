@@ -103,8 +103,8 @@ def quantize(
     symmetric: bool = True,
     scale_dtype: str = "float32",
 ) -> Quantized:
-    """Codes nearest to the values on the format's grid:
-    codes = clamp(round(real / scale) + zero_point).
+    """Codes nearest to the values on the format's grid: codes = clamp(round(real / scale) +
+    zero_point).
 
     values: (N, K) or any shape, float, finite. granularity: "tensor", "channel" or "group"; by
     default "group" when there is a group_size (values along K that share a scale), else "channel".
@@ -151,8 +151,8 @@ def quantize(
 
 
 def _check_image(values: Tensor, quantized: Quantized, format: str) -> None:
-    """Refuse a grid whose points lie beyond the dtype of the values:
-    they would come back as Inf.
+    """Refuse a grid whose points lie beyond the dtype of the values: they would come back as
+    Inf.
     """
     limit = torch.finfo(values.dtype).max
     low, high = values.aminmax()

@@ -22,8 +22,8 @@ _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32:
 
 
 def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest number of `dtype` that is >= scale and >= the dtype's floor. scale:
-    any shape, float64, >= 0.
+    """The smallest number of `dtype` that is >= scale and >= the dtype's floor. scale: any shape,
+    float64, >= 0.
 
     Raises ScaleRangeError when a scale is larger than the dtype can hold.
     """
@@ -79,8 +79,8 @@ def affine_parameters(
 def asymmetric_parameters(
     blocks: Tensor, fmt: Format, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`affine_parameters` of each block's range. blocks: (R, G, B) float;
-    returns two of shape (R, G).
+    """`affine_parameters` of each block's range. blocks: (R, G, B) float; returns two of shape (R,
+    G).
 
     A constant block c is stored exactly (up to the scale's dtype) with scale |c| and codes one step
     from zero.
@@ -108,8 +108,8 @@ def affine_codes(blocks: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: 
 
 
 def affine_values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """real = scale * (codes - zero_point). codes: (R, G, B); scale, zero_point: (R, G);
-    returns float32.
+    """real = scale * (codes - zero_point). codes: (R, G, B); scale, zero_point: (R, G); returns
+    float32.
     """
     real = codes.to(torch.float32)
     if zero_point is not None:

@@ -23,8 +23,8 @@ GRANULARITIES: tuple[Granularity, ...] = ("tensor", "channel", "group")
 
 
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
-    """(N, K) of a shape: axis 0, and the product of the others. A vector is one row;
-    a scalar is 1 x 1.
+    """(N, K) of a shape: axis 0, and the product of the others. A vector is one row; a scalar is 1
+    x 1.
     """
     if len(shape) <= 1:
         return 1, math.prod(shape)

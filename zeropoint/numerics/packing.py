@@ -20,8 +20,8 @@ def row_bytes(columns: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack unsigned codes. codes: (N, K) uint8 in [0, 2^bits);
-    returns (N, row_bytes(K, bits)) uint8.
+    """Pack unsigned codes. codes: (N, K) uint8 in [0, 2^bits); returns (N, row_bytes(K, bits))
+    uint8.
 
     >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), bits=3)
     tensor([[209,   0]], dtype=torch.uint8)
