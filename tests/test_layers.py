@@ -13,6 +13,7 @@ LEVELS = (
     {"numerics"},
     {"scheme"},
     {"qtensor"},
+    {"native"},
     {"kernels", "algorithms", "checkpoints"},
     {"nn"},
     {"model"},

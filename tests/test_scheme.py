@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -39,6 +40,17 @@ def test_arguments_change_the_default():
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_activations_are_float_unless_int8_is_asked_for(name):
+    scheme = Scheme.of(name)
+    assert scheme.activations is None and "activations" not in scheme.to_dict()
+    rounded = Scheme.of(name, activations="int8")
+    assert rounded == dataclasses.replace(scheme, activations="int8") != scheme
+    assert rounded.to_dict() == scheme.to_dict() | {"activations": "int8"}
+    assert Scheme(**json.loads(json.dumps(rounded.to_dict()))) == rounded
+    assert rounded.storage_bytes((8, 192)) == scheme.storage_bytes((8, 192))
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_group_size_minus_one_is_per_channel_with_a_float32_scale(name):
     scheme = Scheme.of(name, group_size=PER_CHANNEL)
     assert (scheme.granularity, scheme.group_size) == ("channel", None)
@@ -56,6 +68,12 @@ def test_group_size_minus_one_is_per_channel_with_a_float32_scale(name):
             Scheme(format="int8", granularity="tensor", symmetric=False),
             "int8 per tensor asymmetric",
         ),
+        (Scheme.of("int8", activations="int8"), "int8 per channel, int8 activations"),
+        (
+            Scheme.of("int4", activations="int8"),
+            "int4 g32 asymmetric, int8 activations",
+        ),
+        (Scheme.of("bfloat16", activations="int8"), "bfloat16, int8 activations"),
     ],
 )
 def test_a_scheme_reads_as_words(scheme, text):
@@ -105,6 +123,12 @@ GROUPED = {"granularity": "group"}
             RecipeError,
             "group_size=32: bfloat16 has no scales",
         ),
+        (
+            {"activations": "int9"},
+            UnknownNameError,
+            "activations='int9' is unknown; close: 'int8', or none",
+        ),
+        ({"activations": 8}, UnknownNameError, "activations=8 is unknown; .*'?int8'?, or none"),
     ],
 )
 def test_a_scheme_that_contradicts_itself_is_refused(fields, error, message):
@@ -182,7 +206,12 @@ def test_a_recipe_needs_a_rule_and_a_share():
             Recipe(rules=(Rule(match="*"),), min_coverage=share)
 
 
-SCHEMES = st.sampled_from(schemes() + defaults() + [Scheme.of("int3", group_size=48)])
+SCHEMES = st.sampled_from(
+    schemes()
+    + defaults()
+    + [Scheme.of("int3", group_size=48), Scheme.of("int8", activations="int8")]
+    + [Scheme.of("nf4", activations="int8")]
+)
 RULES = st.builds(
     Rule,
     match=st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=12),
@@ -231,6 +260,7 @@ def test_the_file_reads_as_documented():
           - {match: "*.up", weights: int4, group_size: 128, symmetric: true}
           - {match: "*.down", weights: int4, group_size: -1}
           - {match: "*.qkv", weights: int4, granularity: tensor}
+          - {match: "*.fc1", weights: int8, activations: int8}
           - {match: "*", weights: nf4, scale_dtype: bfloat16}
         """
     )
@@ -241,10 +271,11 @@ def test_the_file_reads_as_documented():
         "int4 g128",
         "int4 per channel asymmetric",
         "int4 per tensor asymmetric",
+        "int8 per channel, int8 activations",
         "nf4 g64",
     ]
     assert recipe.rules[1].role == "head"
-    assert recipe.rules[5].scheme.scale_dtype == "bfloat16"
+    assert recipe.rules[6].scheme.scale_dtype == "bfloat16"
 
 
 def test_fields_left_out_take_the_formats_defaults():
@@ -323,6 +354,16 @@ def rules(*rows, **fields):
             UnknownNameError,
             "'x' is not a scale dtype",
         ),
+        (
+            rules({"match": "a", "weights": "int4", "activations": "int4"}),
+            UnknownNameError,
+            "activations='int4' is unknown; close: 'int8'",
+        ),
+        (
+            rules({"match": "a", "weights": "keep", "activations": "int8"}),
+            RecipeError,
+            "'a' keeps .*remove activations",
+        ),
     ],
 )
 def test_a_recipe_that_is_wrong_says_where(data, error, message):
@@ -330,7 +371,7 @@ def test_a_recipe_that_is_wrong_says_where(data, error, message):
         Recipe.from_dict(data)
 
 
-@pytest.mark.parametrize("field", ["scale_dtype", "granularity", "role"])
+@pytest.mark.parametrize("field", ["scale_dtype", "granularity", "role", "activations"])
 def test_a_list_where_a_name_belongs_is_an_error_of_ours(field):
     with pytest.raises((RecipeError, UnknownNameError), match=r"\['a'\]"):
         Recipe.from_dict(rules({"match": "*", "weights": "int8", field: ["a"]}))

@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def forced_kernel() -> str | None:
     """`ZEROPOINT_KERNEL`: name of the one kernel to use, or None to choose by rank."""
     return os.environ.get("ZEROPOINT_KERNEL") or None
+
+
+def forced_isa() -> str | None:
+    """`ZEROPOINT_ISA`: name of the instruction set that native kernels use, or None for the
+    fastest.
+    """
+    return os.environ.get("ZEROPOINT_ISA") or None
+
+
+def library() -> Path | None:
+    """`ZEROPOINT_LIBRARY`: a native library to load instead of the installed one, or None."""
+    path = os.environ.get("ZEROPOINT_LIBRARY")
+    return Path(path) if path else None

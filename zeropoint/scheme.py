@@ -17,6 +17,7 @@ from zeropoint.numerics import Format, get_format, get_scale_dtype, rows_and_col
 from zeropoint.numerics.granularity import GRANULARITIES, Granularity
 from zeropoint.numerics.packing import row_bytes
 
+ACTIVATIONS = ("int8",)
 PER_CHANNEL = -1  # group_size=-1, the field's spelling of "one scale per output channel"
 
 Role = Literal["linear", "embedding", "head"]
@@ -32,6 +33,8 @@ class Scheme:
     group_size: values along K that share a scale, for "group" only. symmetric: zero_point = 0.
     scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to
     it.
+    activations: None (inputs stay float), or "int8": every token of a linear layer's input is
+    rounded to int8 before it is multiplied, scale = max |x| / 127 of the token.
     Raises UnknownNameError, RecipeError. `Scheme.of` fills in the format's defaults.
     """
 
@@ -40,6 +43,7 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str = "float32"
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
@@ -51,6 +55,11 @@ class Scheme:
             )
         if not isinstance(self.symmetric, bool):
             raise RecipeError(f"symmetric={self.symmetric!r} is not true or false")
+        if self.activations is not None and self.activations not in ACTIVATIONS:
+            raise UnknownNameError(
+                f"activations={self.activations!r} is unknown; "
+                f"{nearest(str(self.activations), ACTIVATIONS)}, or none"
+            )
         if self.granularity == "group":
             _check_group_size(self.group_size)
         elif self.group_size is not None:
@@ -67,7 +76,12 @@ class Scheme:
 
     @classmethod
     def of(
-        cls, format: str, *, group_size: int | None = None, symmetric: bool | None = None
+        cls,
+        format: str,
+        *,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        activations: str | None = None,
     ) -> Scheme:
         """The scheme that `format` has by default, changed where an argument is given.
 
@@ -89,6 +103,7 @@ class Scheme:
             group_size=size,
             symmetric=fmt.symmetric if symmetric is None else symmetric,
             scale_dtype="float32" if size is None else "float16",
+            activations=activations,
         )
 
     @property
@@ -115,10 +130,12 @@ class Scheme:
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
     def __str__(self) -> str:
-        if self.fmt.kind == "downcast":
-            return self.format
-        where = f"g{self.group_size}" if self.granularity == "group" else f"per {self.granularity}"
-        return f"{self.format} {where}" + ("" if self.symmetric else " asymmetric")
+        name = self.format
+        if self.fmt.kind != "downcast":
+            group = self.granularity == "group"
+            name += f" g{self.group_size}" if group else f" per {self.granularity}"
+            name += "" if self.symmetric else " asymmetric"
+        return name + (f", {self.activations} activations" if self.activations else "")
 
 
 def _check_group_size(value: Any) -> None:
@@ -155,7 +172,16 @@ class Rule:
         return repr(self.match) + (f" ({self.role})" if self.role else "")
 
 
-_RULE_KEYS = ("match", "role", "weights", "granularity", "group_size", "symmetric", "scale_dtype")
+_RULE_KEYS = (
+    "match",
+    "role",
+    "weights",
+    "granularity",
+    "group_size",
+    "symmetric",
+    "scale_dtype",
+    "activations",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from cli.conftest import Cli
@@ -11,6 +12,7 @@ from cli.conftest import Cli
 ARGUMENTS = ("--prompt-tokens", 8, "--new-tokens", 3)
 
 
+@pytest.mark.usefixtures("torch_kernel")
 def test_it_shows_speeds_and_kernels(cli: Cli, checkpoint: Path) -> None:
     ran = cli("bench", checkpoint, *ARGUMENTS)
     assert (ran.code, ran.err) == (0, "")

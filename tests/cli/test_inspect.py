@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cli.conftest import Cli
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
+@pytest.mark.usefixtures("torch_kernel")
 def test_the_tree_and_the_schemes(cli: Cli, checkpoint: Path) -> None:
     ran = cli("inspect", checkpoint)
     assert (ran.code, ran.err) == (0, "")

@@ -12,6 +12,8 @@ from zeropoint.errors import NonFiniteError, ScaleRangeError, StateError, Unknow
 from zeropoint.nn import QEmbedding, QLinear, QModule
 from zeropoint.qtensor import QTensor
 
+pytestmark = pytest.mark.usefixtures("torch_kernel")
+
 
 def image(weight: torch.Tensor, scheme: zp.Scheme) -> torch.Tensor:
     """The quantized image of a weight, from the public functions."""

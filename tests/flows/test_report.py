@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import zeropoint as zp
 from tests.models import build, perceptron
 
 
+@pytest.mark.usefixtures("torch_kernel")
 def test_the_dictionary_has_the_documented_keys_and_is_json():
     report = zp.quantize(perceptron(), "int4", exclude="up")
     data = json.loads(json.dumps(report.to_dict()))

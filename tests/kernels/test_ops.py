@@ -71,7 +71,7 @@ def test_linear_matches_the_oracle_on_every_layout_of_x(kernel, scheme):
             for b in (None, bias) if layout in ("M=1", "M=7") else (bias,):
                 y = ops.linear(x, weight, b, kernel)
                 assert y.shape == (*x.shape[:-1], 5), layout
-                assert_linear(y, x, weight, b)
+                assert_linear(y, x, weight, b, kernel)
 
 
 @every_kernel
@@ -82,7 +82,7 @@ def test_linear_matches_the_oracle_on_odd_shapes(kernel, scheme):
         weight = rtn(example_weight(*shape), scheme)
         for m in (1, 5):
             x = noise(m, shape[1])
-            assert_linear(ops.linear(x, weight, None, kernel), x, weight)
+            assert_linear(ops.linear(x, weight, None, kernel), x, weight, None, kernel)
 
 
 @every_kernel

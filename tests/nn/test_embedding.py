@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -108,3 +110,11 @@ def test_the_repr_names_sizes_scheme_and_state():
     )
     plain = QEmbedding.from_float(nn.Embedding(3, 8), Scheme.of("int8"))
     assert repr(plain) == "QEmbedding(3, 8, int8 per channel, live)"
+
+
+@states
+def test_activations_are_of_linear_layers_only(state):
+    scheme = Scheme.of("int8")
+    rounded = module_in(state, dataclasses.replace(scheme, activations="int8"))
+    indices = example_input(QEmbedding)
+    assert torch.equal(rounded(indices), module_in(state, scheme)(indices))

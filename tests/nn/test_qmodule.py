@@ -28,6 +28,7 @@ def bits(tensor):
 # --- live and frozen ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("torch_kernel")
 @every_kind
 @every_scheme
 def test_freezing_changes_no_output(kind, scheme):
@@ -185,6 +186,7 @@ class Tied(nn.Module):
         return self.head(self.embed(indices))
 
 
+@pytest.mark.usefixtures("torch_kernel")
 @every_default
 def test_a_tied_weight_is_stored_once_and_changes_no_output(scheme):
     live, frozen = Tied(scheme, frozen=False), Tied(scheme)

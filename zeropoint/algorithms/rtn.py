@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zeropoint import native
 from zeropoint.numerics import quantize
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
@@ -15,6 +16,10 @@ def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
 
     weight: (N, K) float. Raises NonFiniteError, GroupSizeError, ScaleRangeError.
     """
+    if native.can_quantize(weight, scheme):
+        qweight = native.quantize(weight, scheme)
+        if qweight is not None:
+            return qweight
     quantized = quantize(
         weight,
         scheme.format,

@@ -23,6 +23,7 @@ def doctor(json_to: Json = None, debug: Debug = False) -> None:
             "platform": platform.platform(),
             "cpu": machine.cpu(),
             "cuda": machine.cuda(),
+            "native": machine.native(),
             "forced_kernel": _env.forced_kernel(),
             "kernels": machine.kernels(),
         }
@@ -44,6 +45,11 @@ def _show_machine(screen: Screen, facts: dict[str, Any]) -> None:
         "not on this CPU": ", ".join(absent),
         "CUDA": ", ".join(cuda["devices"]) if cuda["available"] else "no",
     }
+    native = facts["native"]
+    rows["native kernels"] = native["reason"] or f"{native['instruction_set']} in use"
+    for name, reason in native["instruction_sets"].items():
+        if reason is not None:
+            rows[f"{name} kernels"] = reason
     if facts["forced_kernel"]:
         rows["forced kernel"] = f"{facts['forced_kernel']} (ZEROPOINT_KERNEL)"
     result = table("", "")

@@ -72,6 +72,18 @@ def cuda() -> dict[str, Any]:
     return {"available": torch.cuda.is_available(), "devices": names}
 
 
+def native() -> dict[str, Any]:
+    """reason there are no native kernels, or None; instruction sets and the one in use."""
+    from zeropoint import native
+
+    reason = native.why_not()
+    return {
+        "reason": reason,
+        "instruction_set": None if reason else native.instruction_set(),
+        "instruction_sets": {} if reason else native.instruction_sets(),
+    }
+
+
 def kernels() -> list[dict[str, Any]]:
     """Every kernel's answer to a linear layer of every format's default scheme, on every device.
 

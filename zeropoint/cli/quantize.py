@@ -45,6 +45,14 @@ def quantize(
             show_default="the format's own",
         ),
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="int8: round the inputs of linear layers too, one scale per token.",
+            show_default="float",
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,7 +71,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A recipe (YAML or JSON) instead of the five above.",
+            help="A recipe (YAML or JSON) instead of the six above.",
             show_default=False,
         ),
     ] = None,
@@ -113,12 +121,15 @@ def quantize(
             "--weights": weights,
             "--group-size": group_size,
             "--symmetric / --asymmetric": symmetric,
+            "--activations": activations,
             "--include": include,
             "--exclude": exclude,
         }
         rules = _read_recipe(recipe, [name for name, value in given.items() if value is not None])
     else:
-        scheme = Scheme.of(weights or "int8", group_size=group_size, symmetric=symmetric)
+        scheme = Scheme.of(
+            weights or "int8", group_size=group_size, symmetric=symmetric, activations=activations
+        )
         if scheme.fmt.kind == "downcast" and rest is None:
             rest = scheme.fmt.dtype  # a downcast model computes in its own dtype
 
@@ -130,6 +141,7 @@ def quantize(
             weights,
             group_size=group_size,
             symmetric=symmetric,
+            activations=activations,
             include=include or None,
             exclude=exclude or None,
             recipe=rules,

@@ -25,7 +25,8 @@ class Speed:
     """prefill: prompt_tokens at once, median of 5 runs after a warm-up. decode: one token at a time
     after the prompt, from the median time of a token. load_seconds: from the call to a model that
     can run. peak_rss_bytes: of the process since it started, loading included. kernels: number of
-    modules each kernel serves; "float" is torch's own.
+    modules each kernel serves; "float" is torch's own. refused: "kernel: why not" of the kernels
+    that would have been faster, with the number of modules.
     """
 
     prefill_tokens_per_second: float
@@ -34,6 +35,7 @@ class Speed:
     peak_rss_bytes: int
     threads: int
     kernels: dict[str, int]
+    refused: dict[str, int]
     prompt_tokens: int
     new_tokens: int
 
@@ -82,6 +84,7 @@ def bench(
             peak_rss_bytes=peak_rss_bytes(),
             threads=torch.get_num_threads(),
             kernels=_kernels(model),
+            refused=_refused(model),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
         )
@@ -135,6 +138,11 @@ def time_decode(
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+def _refused(model: torch.nn.Module) -> dict[str, int]:
+    modules = quantized_modules(model).values()
+    return dict(Counter(f"{name}: {why}" for m in modules for name, why in m.refused.items()))
 
 
 def _kernels(model: torch.nn.Module) -> dict[str, int]:

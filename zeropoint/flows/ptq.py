@@ -54,6 +54,7 @@ def quantize(
     *,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    activations: str | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     recipe: Recipe | None = None,
@@ -64,7 +65,8 @@ def quantize(
 
     weights: a format name ("int8" when there is no recipe). group_size: values per scale along the
     input dimension; None for the format's default, -1 for one scale per output channel. symmetric:
-    None for the format's default.
+    None for the format's default. activations: "int8" rounds the inputs of linear layers too, one
+    scale per token; None leaves them float.
     include, exclude: `fnmatch` patterns on module names. Embeddings and heads get int8 per row when
     `weights` has 8 bits or fewer, and stay tied where they are. recipe: a Recipe instead of all of
     these. strict=False turns an unused rule, a group size that does not divide K, and a missed
@@ -87,14 +89,18 @@ def quantize(
             weights or "int8",
             group_size,
             symmetric,
+            activations,
             _patterns(include),
             _patterns(exclude),
             model,
             sites,
         )
-    elif any(v is not None for v in (weights, group_size, symmetric, include, exclude)):
+    elif any(
+        v is not None for v in (weights, group_size, symmetric, activations, include, exclude)
+    ):
         raise RecipeError(
-            "give either a recipe, or weights / group_size / symmetric / include / exclude"
+            "give either a recipe, or weights / group_size / symmetric / activations / include / "
+            "exclude"
         )
     plan = _plan(model, sites, recipe)
     root = next((s for s in plan.schemes if s.module is model), None)
@@ -187,6 +193,7 @@ def _recipe(
     weights: str,
     group_size: int | None,
     symmetric: bool | None,
+    activations: str | None,
     include: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
     model: nn.Module,
@@ -195,8 +202,11 @@ def _recipe(
     """Rules for the arguments of `quantize`: exclusions first, then each included pattern by
     role.
     """
-    linear = Scheme.of(weights, group_size=group_size, symmetric=symmetric)
-    by_row = linear if linear.fmt.bits > 8 else Scheme.of("int8", group_size=PER_CHANNEL)
+    linear = Scheme.of(weights, group_size=group_size, symmetric=symmetric, activations=activations)
+    # Tables are looked up, not multiplied, and a tied head shares the table's scheme: neither has
+    # integer activations.
+    wide = linear.fmt.bits > 8
+    by_row = Scheme.of(weights) if wide else Scheme.of("int8", group_size=PER_CHANNEL)
     rules = [Rule(match=pattern) for pattern in exclude or ()]
     for pattern in include or ("*",):
         matched = [s for s in sites if any(fnmatchcase(n, pattern) for n in s.names)]

@@ -13,7 +13,7 @@ take tensors; `weight_arguments` and `_weight` convert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,7 +27,7 @@ from zeropoint.scheme import Scheme
 
 _WEIGHT = (
     "Tensor packed, Tensor? scale, Tensor? zero_point, "
-    "str format, str granularity, int group_size, int[] shape"
+    "str format, str granularity, int group_size, str activations, int[] shape"
 )
 _LIBRARY = torch.library.Library("zeropoint", "DEF")
 _LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str kernel) -> Tensor")
@@ -51,18 +51,19 @@ def weight_arguments(weight: QTensor) -> tuple[Any, ...]:
         scheme.format,
         scheme.granularity,
         scheme.group_size or 0,
+        scheme.activations or "",
         list(weight.shape),
     )
 
 
 def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
     """Inverse of `weight_arguments`, after checking that the parts fit together."""
-    packed, scale, zero_point, format, granularity, group_size, shape = arguments
+    packed, scale, zero_point, format, granularity, group_size, activations, shape = arguments
     torch._check(
         len(shape) == 2, lambda: f"weight shape is {shape}; linear and embedding need (N, K)"
     )
     scale_dtype = "float32" if scale is None else str(scale.dtype).removeprefix("torch.")
-    scheme = _scheme(format, granularity, group_size, zero_point is None, scale_dtype)
+    scheme = _scheme(format, granularity, group_size, zero_point is None, scale_dtype, activations)
     weight = QTensor(
         packed=packed,
         scale=scale,
@@ -96,7 +97,12 @@ def _check_part(
 
 @lru_cache
 def _scheme(
-    format: str, granularity: Any, group_size: int, symmetric: bool, scale_dtype: str
+    format: str,
+    granularity: Any,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+    activations: str,
 ) -> Scheme:
     return Scheme(
         format=format,
@@ -104,6 +110,7 @@ def _scheme(
         group_size=group_size or None,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        activations=activations or None,
     )
 
 
@@ -126,6 +133,10 @@ def _linear_inputs(x: Tensor, bias: Tensor | None, weight: Sequence[Any]) -> QTe
     )
     if bias is not None:
         torch._check(tuple(bias.shape) == (n,), lambda: f"bias is {tuple(bias.shape)}, not ({n},)")
+        torch._check(
+            bias.is_floating_point() and bias.dtype.itemsize <= max(4, x.dtype.itemsize),
+            lambda: f"bias is {bias.dtype}; x of {x.dtype} needs a float dtype no wider",
+        )
     return qweight
 
 
@@ -147,14 +158,16 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dL/dx = dL/dy @ weight; dL/dbias = sum of dL/dy over tokens. Codes have no gradient."""
+    """dL/dx = dL/dy @ weight; dL/dbias = sum of dL/dy over tokens. Codes have no gradient, and int8
+    activations pass it straight through.
+    """
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         weight = _weight((*ctx.saved_tensors, *ctx.scheme), ctx.dtype)
         grad_x = grad @ weight.dequantize(ctx.dtype)
     if ctx.needs_input_grad[1]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, grad_bias, *([None] * 8))
+    return (grad_x, grad_bias, *([None] * 9))
 
 
 # --- embedding ---
@@ -231,6 +244,68 @@ torch.library.register_autograd(
 
 
 # --- what modules call ---
+
+
+class EagerLinear:
+    """`linear` of one frozen weight whose parts have passed the checks once: straight to the kernel
+    when nobody looks on (tracing, autograd, a dispatch mode), else through the operator.
+    """
+
+    def __init__(self, weight: QTensor, kernel: str) -> None:
+        self.parts = (weight.packed, weight.scale, weight.zero_point)
+        _weight(weight_arguments(weight), weight.dtype)
+        bind = getattr(get_kernel(kernel), "bind_linear", None)
+        plain = all(p is None or (type(p) is Tensor and p.is_contiguous()) for p in self.parts)
+        self._direct: Callable[[Tensor, Tensor | None], Tensor] | None = (
+            bind(weight) if bind is not None and plain else None
+        )
+        self._columns = weight.shape[1]
+
+    def holds(self, parts: dict[str, Tensor | None]) -> bool:
+        """Whether these buffers still are the weight's parts."""
+        packed, scale, zero_point = self.parts
+        return (
+            parts.get("weight") is packed
+            and parts.get("weight_scale") is scale
+            and parts.get("weight_zero_point") is zero_point
+        )
+
+    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
+        """Whether this call may go straight to the kernel."""
+        return (
+            self._direct is not None
+            and type(x) is Tensor
+            and torch._C._get_tracing_state() is None
+            and not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and x.dtype in _DIRECT_DTYPES
+            and x.is_cpu
+            and x.dim() > 0
+            and x.shape[-1] == self._columns
+            and (bias is None or bias.dtype in _DIRECT_DTYPES)
+            and not (
+                torch.is_grad_enabled()
+                and (x.requires_grad or (bias is not None and bias.requires_grad))
+            )
+        )
+
+    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        assert self._direct is not None
+        return self._direct(x, bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module binds its own parts at its first call."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    """What a pickled EagerLinear comes back as."""
+
+
+_DIRECT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def linear(x: Tensor, weight: QTensor, bias: Tensor | None, kernel: str) -> Tensor:

@@ -3,7 +3,7 @@ float64, written from the formulas, sharing no code with the rest.
 
 bit j of code i of a row = bit (i * bits + j) of the row's bytes
 real = scale * (code - zero_point), or scale * levels[code], or scale * code
-y = x @ real.T + bias
+y = x @ real.T + bias, x rounded to int8 by token first when the scheme says so
 """
 
 from __future__ import annotations
@@ -56,10 +56,21 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of
     x's dtype.
     """
-    y = x.double() @ weight_values(weight).T
+    tokens = x.double()
+    if weight.scheme.activations == "int8":
+        tokens = _int8_tokens(x)
+    y = tokens @ weight_values(weight).T
     if bias is not None:
         y = y + bias.double()
     return y.to(x.dtype)
+
+
+def _int8_tokens(x: Tensor) -> Tensor:
+    """scale * round(x / scale), scale = max |x| / 127 of the token in float32. x: (..., K)."""
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    codes = torch.where(scale > 0, torch.round(x / scale), 0.0)
+    return scale.double() * codes.double()
 
 
 def embedding(indices: Tensor, weight: QTensor, dtype: torch.dtype) -> Tensor:

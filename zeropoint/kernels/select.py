@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 from zeropoint import _env
 from zeropoint.errors import KernelError, UnknownNameError, nearest
-from zeropoint.kernels import reference, torch_dense
+from zeropoint.kernels import native, reference, torch_dense
 from zeropoint.kernels.spec import Kernel, Spec
 
 # Fastest first. To add a kernel: one file in this folder, one line here.
-KERNELS: dict[str, Kernel] = {"torch": torch_dense, "reference": reference}
+KERNELS: dict[str, Kernel] = {
+    "native": native,
+    "torch": torch_dense,
+    "reference": reference,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
-"""Dequantize in the activation's dtype, then torch's own operator. Runs wherever torch runs;
-
-saves memory, not time.
+"""Dequantize in the activation's dtype, then torch's own operator. Runs wherever torch runs; saves
+memory, not time.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zeropoint.kernels.spec import Spec
+from zeropoint.numerics.activations import round_tokens
 from zeropoint.qtensor import QTensor
 
 
@@ -21,6 +21,8 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of
     x's dtype.
     """
+    if weight.scheme.activations is not None:
+        x = round_tokens(x)
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 
 

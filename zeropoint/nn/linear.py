@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zeropoint.kernels import ops
 from zeropoint.nn.qmodule import QModule
+from zeropoint.numerics.activations import round_tokens
 from zeropoint.scheme import Role, Scheme
 
 
@@ -62,10 +63,23 @@ class QLinear(QModule):
         return "linear"
 
     def forward(self, x: Tensor) -> Tensor:
+        bias = self._parameters["bias"]
+        eager = self._eager
+        if eager is not None and eager.holds(self._parts()) and eager.takes(x, bias):
+            return eager(x, bias)
         if self.frozen:
-            assert self.kernel is not None
-            return ops.linear(x, self.qweight, self.bias, self.kernel)
-        return nn.functional.linear(x, ops.image(self.float_weight(), self.scheme), self.bias)
+            return self._frozen_forward(x, bias)
+        if self.scheme.activations is not None:
+            x = round_tokens(x)
+        return nn.functional.linear(x, ops.image(self.float_weight(), self.scheme), bias)
+
+    def _frozen_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        weight = self.qweight
+        assert self.kernel is not None
+        stale = self._eager is None or not self._eager.holds(self._parts())
+        if stale and not torch.compiler.is_compiling():
+            self._eager = ops.EagerLinear(weight, self.kernel)
+        return ops.linear(x, weight, bias, self.kernel)
 
     def _sizes(self, n: int, k: int) -> str:
         return f"in_features={k}, out_features={n}, bias={self.bias is not None}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zeropoint.errors import StateError
+from zeropoint.kernels import ops
 from zeropoint.kernels.select import choose
 from zeropoint.kernels.spec import Spec
 from zeropoint.qtensor import QTensor
@@ -39,6 +40,8 @@ class QModule(nn.Module):
         self.scheme = scheme
         self.shape = shape
         self.kernel: str | None = None
+        self._eager: ops.EagerLinear | None = None  # made at the first call
+        self.refused: dict[str, str] = {}  # faster kernels, and why this module does not use them
         self._dtype = dtype
         self._tied_to: tuple[
             QModule, ...
@@ -86,7 +89,7 @@ class QModule(nn.Module):
     @property
     def qweight(self) -> QTensor:
         """The frozen weight, (N, K)."""
-        parts = (self._tied_to[0] if self._tied_to else self)._buffers
+        parts = self._parts()
         packed = parts["weight"]
         assert packed is not None
         return QTensor(
@@ -97,6 +100,10 @@ class QModule(nn.Module):
             shape=torch.Size(self.shape),
             dtype=self._dtype,
         )
+
+    def _parts(self) -> dict[str, Tensor | None]:
+        """The buffers that hold the frozen weight."""
+        return self._tied_to[0]._buffers if self._tied_to else self._buffers
 
     def float_weight(self) -> Tensor:
         """The live float weight as (N, K)."""
@@ -145,7 +152,9 @@ class QModule(nn.Module):
             shape=self.shape,
             device=self.qweight.device.type,
         )
-        self.kernel = choose(spec).kernel
+        choice = choose(spec)
+        self._eager = None
+        self.kernel, self.refused = choice.kernel, choice.refused
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
         """`.to(device)` moves the parts; `.to(dtype)` changes what they dequantize to, never the

@@ -1,0 +1,196 @@
+"""What bench/kernels.py compares: random weights, calls on copies of them, and the ceilings."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from _common import Figure, seconds_of, summary, take_turns
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from zeropoint import native
+from zeropoint.algorithms.rtn import rtn
+from zeropoint.kernels.select import choose
+from zeropoint.kernels.spec import Spec
+from zeropoint.numerics import FORMATS
+from zeropoint.qtensor import QTensor
+from zeropoint.scheme import Scheme
+
+G64 = Scheme.of("int4", group_size=64, symmetric=True)
+W8A8 = Scheme.of("int8", activations="int8")
+COLD = (
+    G64,
+    Scheme.of("int4", group_size=64, symmetric=False),
+    Scheme.of("int4", group_size=32),
+    Scheme.of("int8"),
+    Scheme.of("nf4"),
+    Scheme.of("float8_e4m3fn"),
+    Scheme.of("int2", group_size=32),
+    Scheme.of("int3", group_size=64),
+    Scheme.of("int5"),
+    Scheme.of("int6"),
+)
+LAYERS = (Scheme.of("int4"), Scheme.of("int8"), Scheme.of("nf4"))
+SMOLLM2 = ((192, 576), (576, 576), (1536, 576), (576, 1536), (49152, 576))  # (N, K)
+SHAPES = (*(Scheme.of(name) for name in FORMATS), G64, W8A8)
+CEILINGS = ("float32", "int8", "bfloat16")  # zp_peak_operations counts them from 0
+PEAK_SECONDS = 0.03  # that one sample of a ceiling takes
+FEW_TOKENS = 16  # up to here a weight is read faster than it is used, so it must come from memory
+Call = Callable[[Tensor], Any]
+Clock = Callable[[], float]
+Rates = dict[tuple[str, int], float]  # (ceiling, threads) -> bytes or operations a second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """side: N = K of every weight. cold_bytes: of weights walked over before one is used again.
+    rounds: of what takes milliseconds; few_rounds: of what takes longer. clock: seconds.
+    """
+
+    side: int = 4096
+    cold_bytes: int = 512 << 20
+    rounds: int = 20
+    few_rounds: int = 5
+    threads: tuple[int, ...] = (1, 2)
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 512, 1024)
+    cold: tuple[Scheme, ...] = COLD
+    layers: tuple[Scheme, ...] = LAYERS
+    shapes: tuple[Scheme, ...] = SHAPES
+    dtype: torch.dtype = torch.bfloat16  # of our x; torch's x has the dtype of its weight
+    clock: Clock = time.perf_counter
+
+
+QUICK = Plan(
+    side=2048,
+    cold_bytes=64 << 20,
+    rounds=5,
+    few_rounds=3,
+    tokens=(1, 8, 128),
+    cold=COLD[:5],
+    shapes=(*COLD[:5], W8A8),
+)
+
+
+# --- sides ---
+
+
+def noise(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """(rows, columns) of N(0, 1)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, columns, generator=generator).to(dtype)
+
+
+def quantized(scheme: Scheme, n: int, k: int) -> QTensor:
+    """A random weight (n, k) that the native kernel takes."""
+    choice = choose(Spec(op="linear", scheme=scheme, shape=(n, k), device="cpu"))
+    if choice.kernel != "native":
+        sys.exit(f"{scheme}: the kernel would be {choice.kernel}; {choice.refused}")
+    return rtn(noise(n, k, torch.float32), scheme)
+
+
+def copies(weight: QTensor, count: int) -> list[QTensor]:
+    """The same weight at `count` places in memory."""
+    names = {"": "packed", "_scale": "scale", "_zero_point": "zero_point"}
+    return [
+        replace(weight, **{names[suffix]: part.clone() for suffix, part in weight.parts.items()})
+        for _ in range(count)
+    ]
+
+
+def our_calls(weight: QTensor, count: int) -> list[Call]:
+    """x -> y for `count` copies of a weight."""
+    bound = [native.bind_linear(copy) for copy in copies(weight, count)]
+    return [lambda x, call=call: call(x, None) for call in bound]
+
+
+def torch_calls(n: int, k: int, dtype: torch.dtype, count: int) -> list[Call]:
+    """x -> y of F.linear for `count` copies of a weight (n, k)."""
+    weight = noise(n, k, dtype)
+    weights = [weight.clone() for _ in range(count)]
+    return [lambda x, w=w: dense_linear(x, w) for w in weights]
+
+
+def walk(calls: Sequence[Call], x: Tensor, clock: Clock) -> float:
+    """Seconds of a call, each on the next copy. Where there are copies, the first is used only to
+    wake the threads, and does not count.
+    """
+    if len(calls) > 1:
+        calls[0](x)
+        calls = calls[1:]
+    start = clock()
+    for call in calls:
+        call(x)
+    return (clock() - start) / len(calls)
+
+
+def count_for(nbytes: int, cold_bytes: int) -> int:
+    """Copies of `nbytes` that fill `cold_bytes`, and one to wake the threads with (`walk`)."""
+    return math.ceil(cold_bytes / nbytes) + 1
+
+
+# --- ceilings ---
+
+
+def readers(plan: Plan, threads: int) -> dict[str, Callable[[], float]]:
+    """Seconds to read cold_bytes: the library's own way, and torch's."""
+    buffer = torch.ones(plan.cold_bytes // 4)
+    address, size = buffer.data_ptr(), buffer.nbytes
+    read = native._library().zp_read_bytes
+    return {
+        "read": partial(seconds_of, partial(read, address, size, threads), plan.clock),
+        "read by torch.sum": partial(seconds_of, buffer.sum, plan.clock),
+    }
+
+
+def operations(what: int, repeats: int, threads: int) -> float:
+    """Operations that zp_peak_operations does; 0 where this instruction set has none."""
+    done: float = native._library().zp_peak_operations(what, repeats, threads)
+    return done
+
+
+def ceilings(plan: Plan, rates: Rates) -> list[Figure]:
+    """Fills `rates`."""
+    figures = []
+    for threads in plan.threads:
+        torch.set_num_threads(threads)
+        turns = readers(plan, threads)
+        amounts: dict[str, float] = dict.fromkeys(turns, plan.cold_bytes)
+        for what, name in enumerate(CEILINGS):
+            rates[name, threads] = 0.0
+            if operations(what, 1, 1):
+                trial = seconds_of(partial(operations, what, 100_000, 1), plan.clock)
+                repeats = int(100_000 * PEAK_SECONDS / trial)
+                amounts[name] = operations(what, repeats, threads)
+                work = partial(operations, what, repeats, threads)
+                turns[name] = partial(seconds_of, work, plan.clock)
+        for name, samples in take_turns(turns, plan.rounds).items():
+            rate = amounts[name] / statistics.median(samples)
+            rates[name, threads] = rate
+            figures.append(
+                {
+                    "ceiling": name,
+                    "threads": threads,
+                    "seconds": summary(samples),
+                    "giga_per_second": rate / 1e9,
+                    "giga_per_second_best": amounts[name] / min(samples) / 1e9,
+                }
+            )
+    return figures
+
+
+def shares(seconds: float, m: int, plan: Plan, rates: Rates, threads: int) -> Figure:
+    """GFLOP/s of a linear layer, and what part of each ceiling that is (None: no such units)."""
+    rate = 2 * m * plan.side * plan.side / seconds
+    row: Figure = {"gflops": rate / 1e9}
+    for name in CEILINGS:
+        peak = rates[name, threads]
+        row[f"share_of_{name}"] = rate / peak if peak else None
+    return row

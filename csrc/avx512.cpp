@@ -1,0 +1,16 @@
+// AVX512 with VNNI; see avx512.inc.h.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace zp {
+namespace {
+#include "avx512.inc.h"
+}  // namespace
+
+extern const Isa avx512;
+const Isa avx512 = {
+    "avx512", tile512, tokens512, prepared_bytes512, prepare512, rows, scratch_bytes512, multiply512, decode,
+    encode,   read,    peak512};
+
+}  // namespace zp

@@ -1,0 +1,567 @@
+// AVX512 with VNNI (Cascade Lake and later, Zen 4 and later): 64 products of a byte and a byte in one instruction.
+// Included inside an anonymous namespace by avx512.cpp, and by amx.cpp, which adds tiles.
+
+constexpr int W = 16;
+constexpr int TILE_N = 6;  // 6 x 4 sums, 4 vectors of tokens, 1 weight: 29 of 32 registers
+constexpr int TILE_V = 4;
+using F = __m512;
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set1(float v) { return _mm512_set1_ps(v); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F abs_max(F a, F b) {  // a NaN in b stays
+  F magnitude = _mm512_abs_ps(b);
+  return _mm512_mask_mov_ps(_mm512_max_ps(a, magnitude), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), magnitude);
+}
+inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+inline float smallest(F a) { return _mm512_reduce_min_ps(a); }
+inline float highest(F a) { return _mm512_reduce_max_ps(a); }
+inline F one_where_above(F a, F b) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), _mm512_set1_ps(1));
+}
+inline void store_u8(uint8_t* p, F v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
+inline F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline float sum(F a) { return _mm512_reduce_add_ps(a); }
+inline float largest(F a) {
+  return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) ? __builtin_nanf("") : _mm512_reduce_max_ps(a);
+}
+inline F load_u8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline F load_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+inline F load_f16_part(const uint16_t* p, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
+}
+inline F load_i8_part(const int8_t* p, int64_t count) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), p)));
+}
+inline F load_bf16(const uint16_t* p) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline F load_e5m2(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 8));
+}
+inline F load_e4m3_small(const uint8_t* p) {  // 2^-8 of the value; 480 * 2^-8 for a NaN
+  __m256i c = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(c, _mm256_set1_epi16((short)0xbf80)));
+}
+inline F load_e4m3(const uint8_t* p) {
+  const __m128i largest = _mm_set1_epi8(0x7f);
+  F v = _mm512_mul_ps(load_e4m3_small(p), set1(256.0f));
+  __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), largest), largest);
+  return _mm512_mask_mov_ps(v, nan, set1(__builtin_nanf("")));
+}
+inline void store_f16(uint16_t* p, F v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store_bf16(uint16_t* p, F v) {
+  __m512i bits = _mm512_castps_si512(v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
+}
+inline void store_i16(int16_t* p, F v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+inline F lookup16(const float* levels, const uint8_t* codes) {
+  __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+  return _mm512_permutexvar_ps(index, _mm512_loadu_ps(levels));
+}
+
+// acc += 64 products of unsigned codes and signed q. In assembly, because g++ 12 copies and spills the accumulators of
+// the intrinsic in every iteration, at three times the cost.
+inline __attribute__((always_inline)) __m512i dot_bytes(__m512i acc, __m512i codes, __m512i q) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
+  return acc;
+}
+
+inline __mmask64 first(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
+
+// 64 codes in order from 8 * BITS bytes, for the widths that do not divide a byte: every code is moved, with the byte
+// that may hold its upper bits, into 16 bits of its own and shifted down there.
+struct Spread {
+  alignas(64) uint16_t words[2][32];  // for vpermw: the words that hold octet o of codes, into one 128-bit lane
+  alignas(64) uint8_t bytes[2][64];   // for vpshufb: the two bytes of each code
+  alignas(64) uint16_t shifts[32];
+};
+
+template <int BITS>
+constexpr Spread make_spread() {
+  Spread s = {};
+  for (int half = 0; half < 2; half++) {
+    for (int lane = 0; lane < 4; lane++) {
+      int byte = BITS * (2 * lane + half);  // where the octet starts
+      for (int i = 0; i < 8; i++) {
+        int word = byte / 2 + i;
+        s.words[half][lane * 8 + i] = (uint16_t)(word < 32 ? word : 31);
+        int at = byte % 2 + BITS * i / 8;
+        s.bytes[half][lane * 16 + 2 * i] = (uint8_t)at;
+        s.bytes[half][lane * 16 + 2 * i + 1] = (uint8_t)(at + 1);
+        s.shifts[lane * 8 + i] = (uint16_t)(BITS * i % 8);
+      }
+    }
+  }
+  return s;
+}
+
+template <int BITS>
+inline __m512i spread(__m512i packed) {
+  static constexpr Spread s = make_spread<BITS>();
+  __m512i mask = _mm512_set1_epi16((1 << BITS) - 1), shifts = _mm512_load_si512(s.shifts);
+  __m512i half[2];
+  for (int h = 0; h < 2; h++) {
+    __m512i words = _mm512_permutexvar_epi16(_mm512_load_si512(s.words[h]), packed);
+    __m512i pairs = _mm512_shuffle_epi8(words, _mm512_load_si512(s.bytes[h]));
+    half[h] = _mm512_and_si512(_mm512_srlv_epi16(pairs, shifts), mask);
+  }
+  return _mm512_packus_epi16(half[0], half[1]);
+}
+
+struct Integer {
+  // Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1, 2, 3 modulo 4, others in order.
+  template <int BITS>
+  static constexpr int CHUNK = BITS == 4 ? 128 : 64;
+  template <int BITS, int P>
+  static constexpr int BYTES = CHUNK<BITS> * P;
+
+  struct Codes {
+    __m512i v[2];
+  };
+
+  template <int BITS>
+  static inline Codes split(__m512i x) {
+    if constexpr (BITS == 8) {
+      return {{x, x}};
+    } else if constexpr (BITS == 4) {
+      __m512i low = _mm512_set1_epi8(15);
+      return {{_mm512_and_si512(x, low), _mm512_and_si512(_mm512_srli_epi16(x, 4), low)}};
+    } else if constexpr (BITS == 2) {
+      const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+      __m512i four = _mm512_broadcast_i32x4(_mm512_castsi512_si128(x));
+      __m512i codes = _mm512_and_si512(_mm512_srlv_epi32(four, shifts), _mm512_set1_epi8(3));
+      return {{codes, codes}};
+    } else {
+      __m512i codes = spread<BITS>(x);
+      return {{codes, codes}};
+    }
+  }
+
+  template <int BITS>
+  static inline Codes codes(const uint8_t* p) {
+    if constexpr (BITS == 8 || BITS == 4) return split<BITS>(_mm512_loadu_si512(p));
+    return split<BITS>(_mm512_maskz_loadu_epi8(first(8 * BITS), p));
+  }
+  template <int BITS>
+  static inline Codes codes_part(const uint8_t* p, int64_t bytes) {
+    return split<BITS>(_mm512_maskz_loadu_epi8(first(bytes), p));
+  }
+
+  // q of a chunk -> planes of int8: high then low of q = 256 * high + low, or q itself; each in the order of the codes.
+  template <int BITS, int P>
+  static inline void arrange(const int16_t* q, uint8_t* out) {
+    const __m512i round = _mm512_set1_epi32(128);
+    if constexpr (BITS == 4) {
+      for (int i = 0; i < 4; i++) {
+        __m512i pair = _mm512_loadu_si512(q + 32 * i);
+        __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(pair, 16), 16), odd = _mm512_srai_epi32(pair, 16);
+        if constexpr (P == 2) {
+          put16(out + 16 * i, _mm512_srai_epi32(_mm512_add_epi32(even, round), 8));
+          put16(out + 64 + 16 * i, _mm512_srai_epi32(_mm512_add_epi32(odd, round), 8));
+        }
+        put16(out + 128 * (P - 1) + 16 * i, even);
+        put16(out + 128 * (P - 1) + 64 + 16 * i, odd);
+      }
+    } else {
+      for (int i = 0; i < 4; i++) {
+        __m512i v;
+        if constexpr (BITS == 2) {  // lane i: columns i, i + 4, ...
+          const __m512i column = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+          const __m512i words = _mm512_add_epi32(column, _mm512_set1_epi32(i));
+          __m512i found = _mm512_permutex2var_epi16(_mm512_loadu_si512(q), words, _mm512_loadu_si512(q + 32));
+          v = _mm512_srai_epi32(_mm512_slli_epi32(found, 16), 16);
+        } else {
+          v = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)(q + 16 * i)));
+        }
+        if constexpr (P == 2) put16(out + 16 * i, _mm512_srai_epi32(_mm512_add_epi32(v, round), 8));
+        put16(out + 64 * (P - 1) + 16 * i, v);
+      }
+    }
+  }
+  static inline void put16(uint8_t* out, __m512i v) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(v)); }
+
+  // 16 partial sums of codes * q.
+  template <int BITS, int P>
+  static inline F mac(const Codes& c, const uint8_t* q) {
+    constexpr int V = BITS == 4 ? 2 : 1;
+    __m512i high = _mm512_setzero_si512();
+    for (int v = 0; v < V; v++) high = dot_bytes(high, c.v[v], _mm512_loadu_si512(q + 64 * v));
+    if constexpr (P == 2) {
+      __m512i low = _mm512_slli_epi32(high, 8);
+      for (int v = 0; v < V; v++) low = dot_bytes(low, c.v[v], _mm512_loadu_si512(q + 64 * (V + v)));
+      return _mm512_cvtepi32_ps(low);
+    }
+    return _mm512_cvtepi32_ps(high);
+  }
+
+  // Which block's factor each of the 16 sums of a chunk takes: sum t covers 4 * CHUNK / 64 columns from 4 * t on, but
+  // for 2 bits 16 columns from 16 * (t % 4) on.
+  template <int BITS>
+  struct Lanes {
+    __m512i index;
+    int shift, per_chunk;
+    explicit Lanes(int64_t block) {
+      per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
+      shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
+      alignas(64) int32_t lane[16];
+      for (int t = 0; t < 16; t++) lane[t] = (BITS == 2 ? t % 4 * 4 : t) * per_chunk / 16;
+      index = _mm512_load_si512(lane);
+    }
+    inline F scales(const float* factor, int64_t chunk) const {
+      if (per_chunk == 1) return set1(factor[(chunk * CHUNK<BITS>) >> shift]);
+      return _mm512_permutexvar_ps(index, load(factor + chunk * per_chunk));
+    }
+  };
+};
+
+#include "spread.inc.h"
+
+inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
+  const __m512i low = _mm512_set1_epi8(15);
+  int64_t bytes = (count * bits + 7) / 8;
+  for (int64_t i = 0; i < count; i += 64, p += 8 * bits, bytes -= 8 * bits) {
+    __m512i x = _mm512_maskz_loadu_epi8(first(bytes < 8 * bits ? bytes : 8 * bits), p), codes;
+    switch (bits) {
+      case 2: {
+        __m512i b = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(x));  // one byte -> four
+        b = _mm512_or_si512(_mm512_or_si512(b, _mm512_slli_epi32(b, 6)),
+                            _mm512_or_si512(_mm512_slli_epi32(b, 12), _mm512_slli_epi32(b, 18)));
+        codes = _mm512_and_si512(b, _mm512_set1_epi8(3));
+        break;
+      }
+      case 3: codes = spread<3>(x); break;
+      case 4: {
+        __m512i b = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x));
+        codes = _mm512_and_si512(_mm512_or_si512(b, _mm512_slli_epi16(b, 4)), low);
+        break;
+      }
+      case 5: codes = spread<5>(x); break;
+      case 6: codes = spread<6>(x); break;
+      case 7: codes = spread<7>(x); break;
+      default: codes = x;
+    }
+    _mm512_storeu_si512(out + i, codes);
+  }
+}
+
+#include "body.inc.h"
+
+// --- dot for 16-entry codebooks and float8: decoded in registers ---
+//
+// A codebook's chunk is 128 codes in 16 words of 32 bits: code 8 * i + c of the chunk is nibble c of word i, so one
+// shift brings 16 codes into place and one permutation looks all of them up. Tokens are arranged alike.
+
+constexpr int64_t CODEBOOK_CHUNK = 128;
+
+void prepare_codebook(const Job& j, int64_t m) {
+  int64_t stride = float_stride(j);
+  float* x = (float*)__builtin_alloca(stride * 4);
+  float* out = (float*)j.prepared + m * stride;
+  const __m512i every8 = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+  read_token(j, m, stride, x);
+  for (int64_t k = 0; k < stride; k += CODEBOOK_CHUNK) {
+    for (int c = 0; c < 8; c++) store(out + k + 16 * c, _mm512_i32gather_ps(every8, x + k + c, 4));
+  }
+}
+
+template <int MR>
+void dot_codebook(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale) {
+  const zp_format& f = *j.format;
+  const zp_weight w = {&f, j.packed, j.scale, nullptr};
+  const F levels = load(f.levels);
+  const bool by_row = f.group_size >= f.k;
+  const Integer::Lanes<4> lanes(j.block);  // word i covers 8 columns, as the sums of a 4-bit chunk do
+  int64_t chunks = (f.k + CODEBOOK_CHUNK - 1) / CODEBOOK_CHUNK, stride = float_stride(j);
+  const float* x = (const float*)j.prepared + m0 * stride;
+  for (int64_t n = n0; n < n1; n++) {
+    const uint8_t* p = j.packed + n * j.row_bytes;
+    if (!by_row) block_scales(j, n, scale);
+    F total[MR];
+    for (int r = 0; r < MR; r++) total[r] = zero();
+    for (int64_t c = 0; c < chunks; c++) {
+      __m512i words = _mm512_maskz_loadu_epi8(first(j.row_bytes - 64 * c), p + 64 * c);
+      F part[MR];
+      for (int r = 0; r < MR; r++) part[r] = zero();
+      unroll<8>([&](auto i) INLINE {
+        F values = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * i), levels);
+        unroll<MR>([&](auto r)
+                       INLINE { part[r] = fma(values, load(x + r * stride + c * CODEBOOK_CHUNK + 16 * i), part[r]); });
+      });
+      F factor = by_row ? set1(1.0f) : lanes.scales(scale, c);
+      unroll<MR>([&](auto r) INLINE { total[r] = fma(part[r], factor, total[r]); });
+    }
+    for (int r = 0; r < MR; r++) put(j, m0 + r, n, sum(total[r]) * (by_row ? scale_of(w, n, 0) : 1.0f));
+  }
+}
+
+template <int MR, bool E4M3>
+void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale) {
+  const zp_format& f = *j.format;
+  const zp_weight w = {&f, j.packed, j.scale, nullptr};
+  const bool by_row = f.group_size >= f.k;
+  const __m512i largest = _mm512_set1_epi8(0x7f);
+  int64_t stride = float_stride(j), step = by_row ? f.k : j.block;
+  const float* x = (const float*)j.prepared + m0 * stride;
+  for (int64_t n = n0; n < n1; n++) {
+    const uint8_t* p = j.packed + n * f.k;
+    if (!by_row) block_scales(j, n, scale);
+    F total[MR];
+    __mmask64 nan = 0;
+    for (int r = 0; r < MR; r++) total[r] = zero();
+    for (int64_t k0 = 0; k0 < f.k; k0 += step) {
+      F part[2][MR];
+      for (int r = 0; r < MR; r++) part[0][r] = part[1][r] = zero();
+      for (int64_t k = k0; k < k0 + step; k += 32) {
+        alignas(64) uint8_t tail[32];
+        const uint8_t* c = p + k;
+        if (f.k - k < 32) {
+          _mm256_store_si256((__m256i*)tail, _mm256_maskz_loadu_epi8((__mmask32)first(f.k - k), c));
+          c = tail;
+        }
+        if constexpr (E4M3) {
+          __m256i top = _mm512_castsi512_si256(largest);
+          nan |= _mm256_cmpeq_epi8_mask(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)c), top), top);
+        }
+        unroll<2>([&](auto h) INLINE {
+          F values = E4M3 ? load_e4m3_small(c + 16 * h) : load_e5m2(c + 16 * h);
+          unroll<MR>([&](auto r) INLINE { part[h][r] = fma(values, load(x + r * stride + k + 16 * h), part[h][r]); });
+        });
+      }
+      F factor = set1(by_row ? 1.0f : scale[k0 / step]);
+      unroll<MR>([&](auto r) INLINE { total[r] = fma(add(part[0][r], part[1][r]), factor, total[r]); });
+    }
+    float last = (by_row ? scale_of(w, n, 0) : 1.0f) * (E4M3 ? 256.0f : 1.0f);
+    for (int r = 0; r < MR; r++) put(j, m0 + r, n, nan ? __builtin_nanf("") : sum(total[r]) * last);
+  }
+}
+
+template <int MR>
+void dot_decoded(const Job& j, int64_t m, int64_t n0, int64_t n1, float* scratch) {
+  if (j.format->kind == ZP_CODEBOOK) return dot_codebook<MR>(j, m, n0, n1, scratch);
+  if (j.format->kind == ZP_FLOAT8_E4M3FN) return dot_float8<MR, true>(j, m, n0, n1, scratch);
+  dot_float8<MR, false>(j, m, n0, n1, scratch);
+}
+
+void dot_decoded_rows(const Job& j, int64_t n0, int64_t n1, float* scratch) {
+  int64_t m = 0;
+  for (; m + 4 <= j.m; m += 4) dot_decoded<4>(j, m, n0, n1, scratch);
+  if (m + 2 <= j.m) dot_decoded<2>(j, m, n0, n1, scratch), m += 2;
+  if (m < j.m) dot_decoded<1>(j, m, n0, n1, scratch);
+}
+
+// --- integer gemm: the same picture as body.inc.h's, with codes as bytes and tokens as planes of int8 ---
+//
+//   prepared: blocks of TOKENS tokens: [depth / 4][planes][TOKENS][4] int8, then [blocks][TOKENS] x_scale and x_sum
+//   panel:    [rows][depth] stored codes; depth = k rounded up to the activations' block
+
+template <int P>
+constexpr int64_t TOKENS = TILE_V * W / P;
+
+inline int64_t gemm_depth(const Job& j) { return round_up(j.format->k, j.block < 128 ? j.block : 128); }
+
+template <int P>
+inline size_t unit_bytes(const Job& j) {
+  return round_up(gemm_depth(j) * P * TOKENS<P> + 2 * j.blocks * TOKENS<P> * 4, 64);
+}
+
+template <int P>
+void prepare_gemm_integer(const Job& j, int64_t unit) {
+  constexpr int64_t T = TOKENS<P>;
+  int64_t depth = gemm_depth(j), padded = round_up(depth, 64), filled = round_up(j.format->k, 64);
+  uint8_t* out = j.prepared + unit * unit_bytes<P>(j);
+  float* x_scale = (float*)(out + depth * P * T);
+  float* x_sum = x_scale + j.blocks * T;
+  float* x = (float*)__builtin_alloca(padded * 4 + 64);
+  int16_t* q = (int16_t*)__builtin_alloca(padded * 2 + 64);
+  float* one_scale = (float*)__builtin_alloca(j.blocks * 8);
+  float* one_sum = one_scale + j.blocks;
+  for (int64_t i = filled; i < padded; i++) q[i] = 0;
+  for (int64_t t = 0; t < T; t++) {
+    int64_t m = unit * T + t;
+    if (m < j.m) {
+      quantize_token(j, m, x, q, one_scale, one_sum);
+    } else {
+      for (int64_t i = 0; i < padded; i++) q[i] = 0;
+      for (int64_t b = 0; b < 2 * j.blocks; b++) one_scale[b] = 0;
+    }
+    for (int64_t b = 0; b < j.blocks; b++) x_scale[b * T + t] = one_scale[b], x_sum[b * T + t] = one_sum[b];
+    uint32_t* to = (uint32_t*)out + t;
+    for (int64_t k = 0; k < depth; k += 32, to += 8 * P * T) {  // 8 words of 4 columns a plane
+      __m512i v = _mm512_loadu_si512(q + k);
+      alignas(32) uint32_t high[8], low[8];
+      _mm256_store_si256((__m256i*)low, _mm512_cvtepi16_epi8(v));
+      if constexpr (P == 2) {
+        v = _mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8);
+        _mm256_store_si256((__m256i*)high, _mm512_cvtepi16_epi8(v));
+      }
+      for (int i = 0; i < 8; i++) {
+        if constexpr (P == 2) to[i * P * T] = high[i];
+        to[i * P * T + (P - 1) * T] = low[i];
+      }
+    }
+  }
+}
+
+// NR rows times NV vectors (high planes, then low), all blocks of [k0, k1); sums (NR, TILE_V * W / P) are added to.
+template <int NR, int P, int NV>
+inline void gemm_integer_tile(const uint8_t* panel, int64_t depth, const uint8_t* x, int64_t k0, int64_t k1,
+                              int64_t block, const float* x_scale, const float* x_sum, const float* scale,
+                              const float* offset, int64_t groups, int64_t group_size, float* sums) {
+  constexpr int64_t T = TOKENS<P>;
+  constexpr int TV = NV / P;  // vectors of tokens
+  for (int64_t begin = k0; begin < k1; begin += block) {
+    int64_t end = begin + block < k1 ? begin + block : k1;
+    __m512i acc[NR][NV];
+    unroll<NR>([&](auto i) INLINE { unroll<NV>([&](auto v) INLINE { acc[i][v] = _mm512_setzero_si512(); }); });
+    for (int64_t k = begin; k < end; k += 4) {
+      const uint8_t* xk = x + k * P * T;
+      __m512i b[NV];
+      unroll<NV>([&](auto v) INLINE { b[v] = _mm512_loadu_si512(xk + (v / TV * T + v % TV * W) * 4); });
+      unroll<NR>([&](auto i) INLINE {
+        int32_t four;
+        __builtin_memcpy(&four, panel + i * depth + k, 4);
+        __m512i a = _mm512_set1_epi32(four);
+        unroll<NV>([&](auto v) INLINE { acc[i][v] = dot_bytes(acc[i][v], a, b[v]); });
+      });
+    }
+    int64_t at = begin / group_size, which = begin / block;
+    unroll<TV>([&](auto v) INLINE {
+      F xs = load(x_scale + which * T + v * W), total = load(x_sum + which * T + v * W);
+      unroll<NR>([&](auto i) INLINE {
+        __m512i whole = acc[i][v];
+        if constexpr (P == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), acc[i][v + TV]);
+        F product = mul(_mm512_cvtepi32_ps(whole), xs);
+        product = _mm512_fnmadd_ps(set1(offset[i * groups + at]), total, product);
+        float* to = sums + i * T + v * W;
+        store(to, fma(set1(scale[i * groups + at]), product, load(to)));
+      });
+    });
+  }
+}
+
+constexpr int64_t STRETCH = 1024;  // columns of tokens kept in the first-level cache while all rows pass
+
+template <int P, int NV>
+void gemm_integer_block(const Job& j, const uint8_t* panel, int64_t rows, const uint8_t* x, const float* scale,
+                        const float* offset, float* sums) {
+  constexpr int64_t T = TOKENS<P>;
+  int64_t depth = gemm_depth(j), groups = j.format->k / j.format->group_size, size = j.format->group_size;
+  const float* x_scale = (const float*)(x + depth * P * T);
+  const float* x_sum = x_scale + j.blocks * T;
+  int64_t stretch = j.block > STRETCH ? depth : STRETCH;
+  for (int64_t k0 = 0; k0 < depth; k0 += stretch) {
+    int64_t k1 = k0 + stretch < depth ? k0 + stretch : depth;
+    int64_t i = 0;
+    for (; i + TILE_N <= rows; i += TILE_N) {
+      gemm_integer_tile<TILE_N, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i * groups,
+                                       offset + i * groups, groups, size, sums + i * T);
+    }
+    for (; i < rows; i++) {
+      gemm_integer_tile<1, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i * groups,
+                                  offset + i * groups, groups, size, sums + i * T);
+    }
+  }
+}
+
+template <int P>
+void gemm_integer_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
+  constexpr int64_t T = TOKENS<P>;
+  const zp_format& f = *j.format;
+  const zp_weight w = {&f, j.packed, j.scale, j.zero_point};
+  int64_t rows = n1 - n0, depth = gemm_depth(j), groups = f.k / f.group_size, stride = round_up(depth, 64) + 64;
+  uint8_t* panel = scratch;
+  float* scale = (float*)(panel + round_up(rows * depth + 64, 64));
+  float* offset = scale + rows * groups;
+  float* sums = offset + rows * groups;
+  uint8_t* line = (uint8_t*)__builtin_alloca(stride);
+  for (int64_t r = 0; r < rows; r++) {
+    unpack(w.packed + (n0 + r) * j.row_bytes, f.bits, f.k, line);
+    __builtin_memcpy(panel + r * depth, line, f.k);
+    __builtin_memset(panel + r * depth + f.k, 0, depth - f.k);
+    for (int64_t g = 0; g < groups; g++) {
+      scale[r * groups + g] = scale_of(w, n0 + r, g);
+      offset[r * groups + g] = offset_of(w, n0 + r, g);
+    }
+  }
+  for (int64_t m = 0; m < j.m; m += T) {
+    const uint8_t* x = j.prepared + m / T * unit_bytes<P>(j);
+    int64_t tokens = j.m - m < T ? j.m - m : T;
+    for (int64_t i = 0; i < rows * T; i++) sums[i] = 0;
+    if (tokens <= T / 2) {
+      gemm_integer_block<P, TILE_V / 2>(j, panel, rows, x, scale, offset, sums);
+    } else {
+      gemm_integer_block<P, TILE_V>(j, panel, rows, x, scale, offset, sums);
+    }
+    put_transposed(j, sums, T, m, tokens, n0, rows);
+  }
+}
+
+// --- the table ---
+
+// Below these, decoding every row again for four tokens at a time is cheaper than half-empty vectors of tokens.
+bool tile512(const Job& j) { return is_integer(j) ? j.m >= 12 : j.m >= 32; }
+
+int64_t tokens512(const Job& j) {
+  if (!j.tiled || !is_integer(j)) return tokens(j);
+  return j.int8_activations ? TOKENS<1> : TOKENS<2>;
+}
+
+size_t prepared_bytes512(const Job& j) {
+  if (!j.tiled || !is_integer(j)) return prepared_bytes(j);
+  size_t unit = j.int8_activations ? unit_bytes<1>(j) : unit_bytes<2>(j);
+  return (j.m + tokens512(j) - 1) / tokens512(j) * unit;
+}
+
+void prepare512(const Job& j, int64_t unit) {
+  if (!j.tiled && j.format->kind == ZP_CODEBOOK) return prepare_codebook(j, unit);
+  if (!j.tiled || !is_integer(j)) return prepare(j, unit);
+  return j.int8_activations ? prepare_gemm_integer<1>(j, unit) : prepare_gemm_integer<2>(j, unit);
+}
+
+size_t scratch_bytes512(const Job& j, int64_t rows) {
+  if (!j.tiled || !is_integer(j)) return scratch_bytes(j, rows) + 4 * (round_up(j.blocks, W) + PAD);
+  int64_t groups = j.format->k / j.format->group_size;
+  return rows * (gemm_depth(j) + 8 * groups + 4 * TOKENS<1>)+256;
+}
+
+void multiply512(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
+  bool decoded =
+      j.format->kind == ZP_CODEBOOK || j.format->kind == ZP_FLOAT8_E4M3FN || j.format->kind == ZP_FLOAT8_E5M2;
+  if (!j.tiled && decoded) return dot_decoded_rows(j, n0, n1, (float*)scratch);
+  if (!j.tiled || !is_integer(j)) return multiply(j, n0, n1, scratch);
+  return j.int8_activations ? gemm_integer_rows<1>(j, n0, n1, scratch) : gemm_integer_rows<2>(j, n0, n1, scratch);
+}
+
+double peak512(int32_t what, int64_t repeats) {
+  if (what == ZP_PEAK_FLOAT32) return peak_float(repeats);
+  if (what != ZP_PEAK_BYTES) return 0;
+  constexpr int CHAINS = 12;
+  __m512i acc[CHAINS] = {}, a = _mm512_set1_epi8(1), b = _mm512_set1_epi32((int)peak_sink);
+  for (int64_t i = 0; i < repeats; i++) {
+    unroll<CHAINS>([&](auto c) INLINE { acc[c] = dot_bytes(acc[c], a, b); });
+  }
+  unroll<CHAINS - 1>([&](auto c) INLINE { acc[0] = _mm512_add_epi32(acc[0], acc[c + 1]); });
+  peak_sink = (float)_mm512_reduce_add_epi32(acc[0]) * 0.0f;
+  return 2.0 * 64 * CHAINS * (double)repeats;
+}

@@ -1,0 +1,129 @@
+// A small pool of threads whose work is counted in chunks, not in threads: whoever is awake takes the next chunk, and
+// a call returns when all chunks are done, so a worker that the machine has put aside costs nothing unless it was put
+// aside in the middle of a chunk. (An OpenMP barrier waits for every thread: a scheduler slice on a busy machine.)
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <new>
+#include <thread>
+
+#include "kernels.h"
+
+namespace zp {
+namespace {
+
+constexpr int32_t MOST_WORKERS = 255;
+constexpr int SPINS = 2000;  // looks for work before a worker sleeps: some tens of microseconds
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+struct Pool {
+  std::mutex caller;  // one job at a time; a second caller works alone
+  // A job is published as one number, epoch << 32 | chunks left to take, so that a worker which wakes late cannot take
+  // a chunk of a job it has not read: its compare-and-swap fails.
+  std::atomic<uint64_t> ticket{0};
+  std::atomic<uint32_t> unfinished{0};
+  std::atomic<int32_t> wanted{0};  // workers 1 .. wanted - 1 take part
+  std::atomic<Chunk> run{nullptr};
+  std::atomic<void*> context{nullptr};
+  std::mutex sleep;
+  std::condition_variable wake;
+  std::atomic<int32_t> sleeping{0};
+  int32_t started = 1;
+
+  // Takes chunks until none is left. True when it did any.
+  bool work(int32_t worker) {
+    bool any = false;
+    uint64_t ticket_seen = ticket.load(std::memory_order_acquire);
+    while ((uint32_t)ticket_seen != 0) {
+      if (worker >= wanted.load(std::memory_order_relaxed)) return any;
+      Chunk function = run.load(std::memory_order_relaxed);
+      void* argument = context.load(std::memory_order_relaxed);
+      if (!ticket.compare_exchange_weak(ticket_seen, ticket_seen - 1, std::memory_order_acq_rel)) continue;
+      function(argument, (int64_t)(uint32_t)ticket_seen - 1, worker);
+      unfinished.fetch_sub(1, std::memory_order_acq_rel);
+      any = true;
+      ticket_seen = ticket.load(std::memory_order_acquire);
+    }
+    return any;
+  }
+
+  void serve(int32_t worker) {
+    int idle = 0;
+    for (;;) {
+      if (work(worker)) idle = 0;
+      if (++idle < SPINS) {
+        pause();
+        continue;
+      }
+      std::unique_lock<std::mutex> lock(sleep);
+      sleeping.fetch_add(1, std::memory_order_seq_cst);
+      wake.wait(lock, [&] {
+        return (uint32_t)ticket.load(std::memory_order_seq_cst) != 0 && worker < wanted.load(std::memory_order_relaxed);
+      });
+      sleeping.fetch_sub(1, std::memory_order_relaxed);
+      idle = 0;
+    }
+  }
+
+  void start(int32_t threads) {
+    for (; started < threads && started < MOST_WORKERS; started++) {
+      std::thread([this, worker = started] { serve(worker); }).detach();
+    }
+  }
+
+  void call(int32_t threads, int64_t count, Chunk function, void* argument) {
+    start(threads);
+    run.store(function, std::memory_order_relaxed);
+    context.store(argument, std::memory_order_relaxed);
+    wanted.store(threads, std::memory_order_relaxed);
+    unfinished.store((uint32_t)count, std::memory_order_relaxed);
+    uint64_t epoch = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
+    ticket.store(epoch << 32 | (uint64_t)count, std::memory_order_seq_cst);
+    if (sleeping.load(std::memory_order_seq_cst) > 0) {
+      std::lock_guard<std::mutex> lock(sleep);
+      wake.notify_all();
+    }
+    work(0);
+    for (int spins = 0; unfinished.load(std::memory_order_acquire) != 0; spins++) {
+      if (spins < SPINS) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+};
+
+// Never destroyed: detached workers may outlive main.
+alignas(Pool) unsigned char storage[sizeof(Pool)];
+Pool* pool = nullptr;
+
+void make_pool() { pool = new (storage) Pool; }  // in a forked child: the parent's workers are not there
+
+struct Start {
+  Start() {
+    make_pool();
+    pthread_atfork(nullptr, nullptr, make_pool);
+  }
+} start;
+
+}  // namespace
+
+void parallel(int32_t threads, int64_t count, Chunk run, void* context) {
+  if (threads > MOST_WORKERS) threads = MOST_WORKERS;
+  if (threads > 1 && count > 1 && count < ((int64_t)1 << 31) && pool->caller.try_lock()) {
+    pool->call(threads, count, run, context);
+    pool->caller.unlock();
+    return;
+  }
+  for (int64_t i = 0; i < count; i++) run(context, i, 0);
+}
+
+}  // namespace zp

@@ -1,0 +1,130 @@
+// Plain C++: what every other instruction set is compared with, and what runs where there is none of them.
+#include "kernels.h"
+
+namespace zp {
+namespace {
+
+constexpr int W = 1;
+constexpr int TILE_N = 4;
+constexpr int TILE_V = 4;
+using F = float;
+
+inline float from_bits(uint32_t bits) {
+  float v;
+  __builtin_memcpy(&v, &bits, 4);
+  return v;
+}
+inline uint32_t to_bits(float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  return bits;
+}
+static inline float scalar_f16(uint16_t h);
+static inline float scalar_bf16(uint16_t h);
+
+inline F zero() { return 0; }
+inline F set1(float v) { return v; }
+inline F load(const float* p) { return *p; }
+inline void store(float* p, F v) { *p = v; }
+inline F add(F a, F b) { return a + b; }
+inline F sub(F a, F b) { return a - b; }
+inline F mul(F a, F b) { return a * b; }
+inline F div(F a, F b) { return a / b; }
+inline F fma(F a, F b, F c) { return a * b + c; }
+inline F abs_max(F a, F b) {
+  float magnitude = __builtin_fabsf(b);
+  return magnitude <= a ? a : magnitude;  // a NaN in b stays
+}
+inline F min(F a, F b) { return b < a ? b : a; }
+inline F max(F a, F b) { return b > a ? b : a; }
+inline float smallest(F a) { return a; }
+inline float highest(F a) { return a; }
+inline F one_where_above(F a, F b) { return a > b ? 1.0f : 0.0f; }
+inline void store_u8(uint8_t* p, F v) { *p = (uint8_t)v; }
+inline F round_even(F a) { return __builtin_rintf(a); }
+inline float sum(F a) { return a; }
+inline float largest(F a) { return a; }
+inline F load_u8(const uint8_t* p) { return *p; }
+inline F load_i8(const int8_t* p) { return *p; }
+inline F load_f16(const uint16_t* p) { return scalar_f16(*p); }
+inline F load_f16_part(const uint16_t*, int64_t) { return 0; }  // never part of one
+inline F load_i8_part(const int8_t*, int64_t) { return 0; }
+inline F load_bf16(const uint16_t* p) { return scalar_bf16(*p); }
+static inline float e4m3(uint8_t c);
+inline F load_e5m2(const uint8_t* p) { return scalar_f16((uint16_t)(*p << 8)); }
+inline F load_e4m3(const uint8_t* p) { return e4m3(*p); }
+inline void store_f16(uint16_t* p, F v) {
+  uint32_t bits = to_bits(v), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest > 0x7f800000) {
+    *p = (uint16_t)(sign | 0x7e00);
+  } else if (rest < 0x38800000) {  // below 2^-14: adding 2^-1 leaves the rounded subnormal in the low bits
+    *p = (uint16_t)(sign | (to_bits(from_bits(rest) + 0.5f) - to_bits(0.5f)));
+  } else {
+    uint32_t rounded = (rest + 0xfff + (rest >> 13 & 1) - ((127 - 15) << 23)) >> 13;
+    *p = (uint16_t)(sign | (rounded > 0x7c00 ? 0x7c00 : rounded));
+  }
+}
+inline void store_bf16(uint16_t* p, F v) {
+  uint32_t bits = to_bits(v);
+  *p = v != v ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void store_i16(int16_t* p, F v) { *p = (int16_t)v; }
+inline F lookup16(const float* levels, const uint8_t* codes) { return levels[*codes & 15]; }
+
+#include "spread.inc.h"
+
+inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
+  by_bits<UnpackOctets>(bits, p, count, out);
+}
+
+struct Integer {
+  template <int BITS>
+  static constexpr int CHUNK = 32;
+  template <int BITS, int P>
+  static constexpr int BYTES = 64;  // 32 int16
+
+  struct Codes {
+    uint8_t v[32];
+  };
+  template <int BITS>
+  static inline Codes codes(const uint8_t* p) {
+    Codes c;
+    unpack_octets<BITS>(p, 32, c.v);
+    return c;
+  }
+  template <int BITS>
+  static inline Codes codes_part(const uint8_t* p, int64_t bytes) {
+    uint8_t whole[32] = {};
+    __builtin_memcpy(whole, p, bytes);
+    return codes<BITS>(whole);
+  }
+  template <int BITS, int P>
+  static inline void arrange(const int16_t* q, uint8_t* out) {
+    __builtin_memcpy(out, q, 64);
+  }
+  template <int BITS, int P>
+  static inline F mac(const Codes& c, const uint8_t* q) {
+    const int16_t* x = (const int16_t*)q;
+    int32_t total = 0;
+    for (int i = 0; i < 32; i++) total += c.v[i] * x[i];
+    return (float)total;
+  }
+  template <int BITS>
+  struct Lanes {
+    int shift;
+    explicit Lanes(int64_t block) : shift(block >= (1 << 20) ? 62 : __builtin_ctzll(block)) {}
+    inline F scales(const float* factor, int64_t chunk) const { return factor[(chunk * 32) >> shift]; }
+  };
+};
+
+#include "body.inc.h"
+
+double peak(int32_t what, int64_t repeats) { return what == ZP_PEAK_FLOAT32 ? peak_float(repeats) : 0; }
+
+}  // namespace
+
+extern const Isa scalar;
+const Isa scalar = {"scalar",      tile,     tokens, prepared_bytes, prepare, rows,
+                    scratch_bytes, multiply, decode, encode,         read,    peak};
+
+}  // namespace zp

@@ -1,0 +1,73 @@
+// Tile registers 0 .. 7 of 16 rows of 64 bytes: AMX's own, or with ZP_EMULATE_TILES the same in plain C++, so that the
+// kernels above them can be tested on a machine without AMX.
+
+#ifdef ZP_EMULATE_TILES
+
+static thread_local uint8_t tile_data[8][16][64];
+
+static inline void tiles_begin() { __builtin_memset(tile_data, 0xff, sizeof(tile_data)); }
+static inline void tiles_end() {}
+template <int T>
+static inline void tile_load(const void* p, int64_t stride) {
+  for (int r = 0; r < 16; r++) __builtin_memcpy(tile_data[T][r], (const uint8_t*)p + r * stride, 64);
+}
+template <int T>
+static inline void tile_store(void* p, int64_t stride) {
+  for (int r = 0; r < 16; r++) __builtin_memcpy((uint8_t*)p + r * stride, tile_data[T][r], 64);
+}
+template <int C, int A, int B>
+static inline void tile_bytes() {
+  for (int r = 0; r < 16; r++) {
+    for (int n = 0; n < 16; n++) {
+      int32_t sum;
+      __builtin_memcpy(&sum, &tile_data[C][r][4 * n], 4);
+      for (int k = 0; k < 64; k++) sum += (int)tile_data[A][r][k] * (int)(int8_t)tile_data[B][k / 4][4 * n + k % 4];
+      __builtin_memcpy(&tile_data[C][r][4 * n], &sum, 4);
+    }
+  }
+}
+template <int C, int A, int B>
+static inline void tile_bfloat16() {
+  for (int r = 0; r < 16; r++) {
+    for (int n = 0; n < 16; n++) {
+      float sum;
+      __builtin_memcpy(&sum, &tile_data[C][r][4 * n], 4);
+      for (int k = 0; k < 32; k++) {
+        uint16_t a, b;
+        __builtin_memcpy(&a, &tile_data[A][r][2 * k], 2);
+        __builtin_memcpy(&b, &tile_data[B][k / 2][4 * n + 2 * (k % 2)], 2);
+        sum += scalar_bf16(a) * scalar_bf16(b);
+      }
+      __builtin_memcpy(&tile_data[C][r][4 * n], &sum, 4);
+    }
+  }
+}
+
+#define TILE_LOAD(t, p, stride) tile_load<t>(p, stride)
+#define TILE_STORE(t, p, stride) tile_store<t>(p, stride)
+#define TILE_BYTES_DOT(c, a, b) tile_bytes<c, a, b>()
+#define TILE_BFLOAT16_DOT(c, a, b) tile_bfloat16<c, a, b>()
+
+#else
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64, "the layout that LDTILECFG reads");
+
+// Set on entry and released on exit: other libraries use tiles on the same threads.
+static inline void tiles_begin() {
+  static const TileConfig config;
+  __asm__ volatile("" ::"r"(&config) : "memory");  // g++ 12 believes only the first 8 bytes are read
+  _tile_loadconfig(&config);
+}
+static inline void tiles_end() { _tile_release(); }
+// Macros, because g++'s intrinsics paste the register's number into assembly.
+#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
+#define TILE_BYTES_DOT(c, a, b) _tile_dpbusd(c, a, b)
+#define TILE_BFLOAT16_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
+
+#endif

@@ -1,0 +1,75 @@
+// The C ABI of zeropoint's native kernels: plain pointers and sizes, no torch, no Python, no OpenMP.
+//
+// A weight is N rows of K codes in the layout of the checkpoint: row after row, low bits first, each row starting on a
+// byte, integer codes stored unsigned (code + 2^(bits-1)). The kernels read that layout directly; nothing is repacked.
+//
+//   integer   real = scale * (code - zero_point)
+//   codebook  real = scale * levels[code]
+//   float8    real = scale * code
+//   downcast  real = code
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ZP_API __attribute__((visibility("default")))
+#define ZP_VERSION 1
+
+enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
+enum { ZP_F32, ZP_BF16, ZP_F16 };                                                             // dtypes of floats
+enum { ZP_OK = 0, ZP_BAD_INDEX = 1, ZP_NO_MEMORY = 2, ZP_BAD_ARGUMENT = 3 };                  // return codes
+
+// How a weight is stored; without pointers, so it can be kept and shared.
+typedef struct {
+  int32_t kind, bits;
+  int64_t n, k;
+  int64_t group_size;    // codes of a row that share a scale; k when a row or the whole weight shares one
+  int64_t scale_stride;  // scales from one row to the next; 0 when the whole weight shares one
+  int32_t scale_dtype;
+  float levels[16];  // codebook only
+} zp_format;
+
+// packed: n rows; scale: (n or 1, k / group_size), null for a downcast; zero_point: the same shape, null when
+// symmetric.
+typedef struct {
+  const zp_format* format;
+  const uint8_t* packed;
+  const void* scale;
+  const int8_t* zero_point;
+} zp_weight;
+
+// y = x @ weight.T + bias.  x: (m, k) of x_dtype, x_stride elements from row to row, a row contiguous.
+// y: (m, n) of x_dtype, contiguous. bias: (n,) of bias_dtype, or null.
+// int8_activations: x is rounded to int8, one scale for each of the m rows, before it is multiplied.
+ZP_API int zp_linear(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
+                     const void* bias, int32_t bias_dtype, const void* x, int32_t x_dtype, int64_t x_stride, int64_t m,
+                     int32_t int8_activations, void* y, int32_t threads);
+
+// Rows of the weight. indices: (count,), or null for the rows 0 .. count - 1. out: (count, k) of out_dtype, contiguous.
+// ZP_BAD_INDEX when an index is outside 0 .. n - 1; nothing is read for it.
+ZP_API int zp_rows(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
+                   const int64_t* indices, int64_t count, void* out, int32_t out_dtype, int32_t threads);
+
+// Round to nearest, scales chosen and stored as zeropoint.numerics does. weight: (n, k) of dtype, contiguous.
+// Returns ZP_BAD_ARGUMENT for a weight that is not finite or a scale that its dtype cannot hold.
+ZP_API int zp_quantize(const zp_format* format, const void* weight, int32_t dtype, void* packed, void* scale,
+                       void* zero_point, int32_t threads);
+
+// Instruction sets, slowest first: zp_isa_name(i) is null past the end, zp_isa_why_not(i) is null when usable here.
+ZP_API const char* zp_isa_name(int32_t index);
+ZP_API const char* zp_isa_why_not(int32_t index);
+ZP_API int zp_use_isa(int32_t index);
+ZP_API int32_t zp_isa_in_use(void);
+
+// For benchmarks: the rates that no kernel can exceed, measured by the same threads.
+ZP_API int64_t zp_read_bytes(const void* data, int64_t size, int32_t threads);  // sum of words, so it must read
+// Operations done by `repeats` rounds on every thread, in registers only; 0 where the set has no such instruction.
+// what: 0 float32 multiply-add, 1 byte dot product, 2 bfloat16 matrix tiles.
+ZP_API double zp_peak_operations(int32_t what, int64_t repeats, int32_t threads);
+ZP_API int32_t zp_version(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,317 @@
+"""The native library (`csrc/`): found, loaded, and its functions on tensors and QTensors.
+
+Plain C through ctypes, so one library serves every Python and every torch. It is optional:
+`why_not()` says why there is none, and callers then use torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from zeropoint import _env
+from zeropoint.errors import KernelError, UnknownNameError, nearest
+from zeropoint.numerics import scale_shape
+from zeropoint.qtensor import QTensor, part_specs
+from zeropoint.scheme import Scheme
+
+VERSION = 1  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {"integer": 0, "codebook": 1}
+KINDS_BY_FORMAT = {"float8_e4m3fn": 2, "float8_e5m2": 3, "bfloat16": 4, "float16": 5}
+MOST_COLUMNS = 1 << 18  # a row, its scales and its activations lie on a thread's stack
+OK, BAD_INDEX, NO_MEMORY, BAD_ARGUMENT = range(4)
+
+
+class Format(ctypes.Structure):
+    """zp_format of csrc/zeropoint.h."""
+
+    _fields_ = [
+        ("kind", c_int32),
+        ("bits", c_int32),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("group_size", c_int64),
+        ("scale_stride", c_int64),
+        ("scale_dtype", c_int32),
+        ("levels", c_float * 16),
+    ]
+
+
+# --- the library ---
+
+
+@lru_cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    path = _env.library() or LIBRARY
+    if not path.is_file():
+        return f"the native library was not built ({path} is not there): no C++ compiler at install"
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.zp_version()
+    except (OSError, AttributeError) as e:  # not a library, or another's
+        return f"the native library does not load: {e}"
+    if version != VERSION:
+        return f"{path} has ABI version {version}, this zeropoint needs {VERSION}; install it again"
+    _declare(library)
+    forced = _env.forced_isa()
+    if forced is not None:
+        _use_isa(library, forced)
+    return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    library.zp_linear.argtypes = [
+        POINTER(Format), c_void_p, c_void_p, c_void_p,  # weight
+        c_void_p, c_int32,  # bias
+        c_void_p, c_int32, c_int64, c_int64, c_int32,  # x
+        c_void_p, c_int32,  # y, threads
+    ]  # fmt: skip
+    library.zp_rows.argtypes = [
+        POINTER(Format), c_void_p, c_void_p, c_void_p,  # weight
+        c_void_p, c_int64, c_void_p, c_int32, c_int32,
+    ]  # fmt: skip
+    library.zp_quantize.argtypes = [
+        POINTER(Format), c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_int32,
+    ]  # fmt: skip
+    library.zp_isa_name.argtypes = library.zp_isa_why_not.argtypes = [c_int32]
+    library.zp_isa_name.restype = library.zp_isa_why_not.restype = c_char_p
+    library.zp_use_isa.argtypes = [c_int32]
+    library.zp_read_bytes.argtypes = [c_void_p, c_int64, c_int32]
+    library.zp_read_bytes.restype = c_int64
+    library.zp_peak_operations.argtypes = [c_int32, c_int64, c_int32]
+    library.zp_peak_operations.restype = c_double
+
+
+def why_not() -> str | None:
+    """Why the native library cannot be used, or None."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def _library() -> ctypes.CDLL:
+    found = _load()
+    if isinstance(found, str):
+        raise KernelError(found)
+    return found
+
+
+def instruction_sets() -> dict[str, str | None]:
+    """Every instruction set the library has code for, slowest first: None, or why not here."""
+    return _instruction_sets(_library())
+
+
+def _instruction_sets(library: ctypes.CDLL) -> dict[str, str | None]:
+    sets: dict[str, str | None] = {}
+    while (name := library.zp_isa_name(len(sets))) is not None:
+        reason = library.zp_isa_why_not(len(sets))
+        sets[name.decode()] = None if reason is None else reason.decode()
+    return sets
+
+
+def instruction_set() -> str:
+    """The one in use: the fastest that works here, or the one that `ZEROPOINT_ISA` names."""
+    library = _library()
+    name: bytes = library.zp_isa_name(library.zp_isa_in_use())
+    return name.decode()
+
+
+def use_instruction_set(name: str) -> None:
+    """Use this one from now on, in the whole process. Raises UnknownNameError, KernelError."""
+    _use_isa(_library(), name)
+
+
+def _use_isa(library: ctypes.CDLL, name: str) -> None:
+    sets = _instruction_sets(library)
+    if name not in sets:
+        raise UnknownNameError(f"{name!r} is not an instruction set; {nearest(name, sets)}")
+    if sets[name] is not None:
+        raise KernelError(f"instruction set {name} cannot be used: {sets[name]}")
+    library.zp_use_isa(list(sets).index(name))
+
+
+# --- a weight as the library sees it ---
+
+
+@lru_cache(maxsize=4096)
+def _format(scheme: Scheme, n: int, k: int) -> Format:
+    fmt = scheme.fmt
+    row = Format(
+        kind=KINDS_BY_FORMAT[fmt.name] if fmt.name in KINDS_BY_FORMAT else KINDS[fmt.kind],
+        bits=fmt.bits,
+        n=n,
+        k=k,
+        group_size=scheme.group_size or k,
+        scale_stride=0 if scheme.granularity == "tensor" else k // (scheme.group_size or k),
+        scale_dtype=DTYPES[getattr(torch, scheme.scale_dtype)],
+    )
+    if fmt.levels is not None:
+        row.levels[:] = fmt.levels
+    return row
+
+
+def _contiguous_parts(weight: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """packed, scale, zero_point: themselves where they are contiguous."""
+    return (
+        weight.packed.contiguous(),
+        None if weight.scale is None else weight.scale.contiguous(),
+        None if weight.zero_point is None else weight.zero_point.contiguous(),
+    )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+# --- its functions ---
+
+
+def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+    """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of
+    x's dtype.
+
+    x becomes 16-bit integers, one scale for every 128 columns or fewer (8-bit integers, one scale
+    a token, when the scheme has int8 activations); formats that are not integers use float32.
+    """
+    return bind_linear(weight)(x, bias)
+
+
+def bind_linear(weight: QTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`linear` of one weight, with what does not change from call to call looked up once."""
+    n, k = weight.shape
+    call = _library().zp_linear
+    form = byref(_format(weight.scheme, n, k))
+    packed, scale, zero_point = _contiguous_parts(weight)
+    int8_activations = weight.scheme.activations == "int8"
+    get_threads = torch.get_num_threads
+    empty = torch.empty
+
+    def linear(x: Tensor, bias: Tensor | None) -> Tensor:
+        shape = x.shape
+        if x.dim() == 2 and x.stride(1) == 1:
+            m, stride = shape[0], x.stride(0)
+        else:
+            if not x.is_contiguous():
+                x = x.contiguous()
+            m, stride = x.numel() // k if k else 0, k
+        y = empty((*shape[:-1], n), dtype=x.dtype, device="cpu")
+        dtype = DTYPES[x.dtype]
+        if bias is not None and bias.stride(0) != 1:
+            bias = bias.contiguous()
+        # Pointers are read at every call: tensors may be moved under a module (share_memory_).
+        result = call(
+            form,
+            packed.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            None if zero_point is None else zero_point.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPES[bias.dtype],
+            x.data_ptr(),
+            dtype,
+            stride,
+            m,
+            int8_activations,
+            y.data_ptr(),
+            get_threads(),
+        )
+        if result != OK:
+            _raise(result, x.dtype, m, k)
+        return y
+
+    return linear
+
+
+def _raise(result: int, dtype: torch.dtype, m: int, k: int) -> None:
+    assert result == NO_MEMORY, f"zp_linear returned {result}"
+    raise MemoryError(f"no memory for {m} x {k} activations of {dtype}")
+
+
+def rows(weight: QTensor, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Dequantized rows. indices: (...) int, or None for all; returns (..., K) of `dtype`.
+
+    Raises IndexError for an index outside the weight.
+    """
+    n, k = weight.shape
+    if indices is not None:
+        indices = indices.to(torch.int64).contiguous()
+    count = n if indices is None else indices.numel()
+    packed, scale, zero_point = _contiguous_parts(weight)
+    out = torch.empty((*((n,) if indices is None else indices.shape), k), dtype=dtype, device="cpu")
+    result = _library().zp_rows(
+        byref(_format(weight.scheme, n, k)),
+        _pointer(packed),
+        _pointer(scale),
+        _pointer(zero_point),
+        _pointer(indices),
+        count,
+        out.data_ptr(),
+        DTYPES[dtype],
+        torch.get_num_threads(),
+    )
+    if result == BAD_INDEX:
+        assert indices is not None
+        low, high = (int(v) for v in indices.aminmax())
+        raise IndexError(f"indices from {low} to {high} are outside a table of {n} rows")
+    assert result == OK, f"zp_rows returned {result}"
+    return out
+
+
+def can_quantize(weight: Tensor, scheme: Scheme) -> bool:
+    """Whether `quantize` does this job."""
+    return (
+        why_not() is None
+        and type(weight) in (Tensor, torch.nn.Parameter)  # not one without memory of its own
+        and weight.device.type == "cpu"
+        and weight.dim() == 2
+        and weight.dtype in DTYPES
+        and scheme.fmt.kind in KINDS
+        and scheme.granularity != "tensor"
+        and weight.numel() > 0
+        and weight.shape[1] <= MOST_COLUMNS
+    )
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> QTensor | None:
+    """Round to nearest in one pass over the weight: the same scales, zero points and codes as
+    `numerics.quantize`, bit for bit.
+
+    weight: (N, K) float on a CPU, for which `can_quantize`. Returns None where a value is not
+    finite or close to its dtype's largest, or a scale does not fit its dtype: `numerics.quantize`
+    decides about those. Raises GroupSizeError.
+    """
+    n, k = weight.shape
+    scale_shape(weight.shape, scheme.granularity, scheme.group_size)  # raises
+    weight = weight.detach().contiguous()
+    parts = {
+        suffix: torch.empty(shape, dtype=dtype, device="cpu")
+        for suffix, (shape, dtype) in part_specs(weight.shape, scheme).items()
+    }
+    packed, scale, zero_point = (parts.get(s) for s in ("", "_scale", "_zero_point"))
+    result = _library().zp_quantize(
+        byref(_format(scheme, n, k)),
+        weight.data_ptr(),
+        DTYPES[weight.dtype],
+        _pointer(packed),
+        _pointer(scale),
+        _pointer(zero_point),
+        torch.get_num_threads(),
+    )
+    if result == BAD_ARGUMENT:
+        return None
+    assert result == OK and packed is not None, f"zp_quantize returned {result}"
+    return QTensor(
+        packed=packed,
+        scale=scale,
+        zero_point=zero_point,
+        scheme=scheme,
+        shape=weight.shape,
+        dtype=weight.dtype,
+    )
