@@ -13,7 +13,7 @@ LEVELS = (
     {"numerics"},
     {"scheme"},
     {"qtensor"},
-    {"kernels", "algorithms", "checkpoints"},
+    {"kernels", "algorithms", "observers", "checkpoints"},
     {"nn"},
     {"model"},
     {"flows"},
