@@ -12,6 +12,7 @@ of the block and a second stream of hidden states when errors are propagated).
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,7 @@ from zeropoint.errors import ZeropointError
 from zeropoint.flows.data import Calibration, Prepared
 from zeropoint.flows.report import LayerReport
 from zeropoint.model import capture, graph
-from zeropoint.model.capture import Stream, tokens_of
+from zeropoint.model.capture import Stream, first_of, tokens_of
 from zeropoint.model.replace import replace_module
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QModule
@@ -36,7 +37,7 @@ from zeropoint.observers import CrossObserver, HessianObserver, MeanSquareObserv
 from zeropoint.progress import OnStep
 from zeropoint.qtensor import QTensor
 
-FOLD_TOKENS = 8192  # enough for a mean square of each channel
+FOLD_TOKENS = 4096  # enough for a mean square of each channel
 
 
 @dataclass
@@ -45,6 +46,7 @@ class _Work:
 
     live: float stand-in -> the live module and its names. tie: stand-ins of one number share a
     weight. layers: what was done so far. chosen: by number, the module that holds the codes.
+    shared: ids of parameters that several modules use.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class _Work:
     tie: dict[nn.Module, int] = field(default_factory=dict)
     layers: dict[str, LayerReport] = field(default_factory=dict)
     chosen: dict[int, tuple[QModule, QTensor]] = field(default_factory=dict)
+    shared: set[int] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
     def report(self, module: nn.Module, choice: Choice, tokens: int, folded: str | None) -> None:
@@ -122,6 +125,10 @@ def _swap_in_floats(work: _Work) -> None:
             parameter = id(module._parameters["weight"])
             work.tie[stand_in] = numbers.setdefault(parameter, len(numbers))
             replace_module(work.model, names, stand_in)
+    users = Counter(
+        id(p) for m in work.model.modules() for p in m._parameters.values() if p is not None
+    )
+    work.shared = {parameter for parameter, count in users.items() if count > 1}
 
 
 def _install(work: _Work, module: nn.Module) -> None:
@@ -211,11 +218,12 @@ def _chain(work: _Work, blocks: list[nn.Module], stream: Stream) -> None:
     original: Stream | None = None
     if work.options.propagate:
         original = Stream(list(stream.hidden), stream.calls, stream.keep)
+    folds: list[graph.Fold] = []
     for index, block in enumerate(blocks):
         kept = {k: t.dtype for k, t in (*block.named_parameters(), *block.named_buffers())}
         block.float()
         try:
-            _block(work, block, index, stream, original, kept)
+            folds = _block(work, block, index, stream, original, folds, kept)
         finally:
             _narrow(block, kept)
 
@@ -226,13 +234,20 @@ def _block(
     index: int,
     stream: Stream,
     original: Stream | None,
+    known: list[graph.Fold],
     dtypes: dict[str, torch.dtype],
-) -> None:
-    """Quantize one block and move the stream behind it. In place."""
+) -> list[graph.Fold]:
+    """Quantize one block and move the stream behind it. In place.
+
+    known: edges of the block before. Returns this one's.
+    """
     names = {m: n for n, m in block.named_modules()}
-    groups = capture.sharing(block, lambda: stream.run(0, index, block))
+    example = stream.hidden[0][:1]
+    groups = capture.sharing(block, lambda: _one_example(stream, index).run(block, example))
     targets = [m for g in groups for m in g if m in work.live and _pending(work, m)]
-    folds = _fold(work, block, index, stream, groups, dtypes) if work.options.fold else []
+    folds = []
+    if work.options.fold:
+        folds = _fold(work, block, index, stream, groups, known, dtypes)
     folded = {c: f.producer for f in folds for c in f.consumers}
     reference = copy.deepcopy(block) if original is not None else None
     for group in groups:
@@ -259,7 +274,9 @@ def _block(
         capture.advance(original, index, reference)
     for module in block.modules():
         if module in work.live:
+            _report_tied(work, module)
             _install(work, module)
+    return folds
 
 
 def _pending(work: _Work, module: nn.Module) -> bool:
@@ -314,60 +331,85 @@ def _fold(
     index: int,
     stream: Stream,
     groups: list[list[nn.Module]],
+    known: list[graph.Fold],
     dtypes: dict[str, torch.dtype],
 ) -> list[graph.Fold]:
     """Balance activations and weights over the block's edges. In place; the block's function stays.
 
-    Returns the edges that carry factors.
+    known: edges of the block before, which are likely to be this one's. Returns the edges.
     """
 
     def run() -> tuple[Tensor, Tensor]:
-        hidden = stream.hidden[0][:1]
-        call = stream.calls[0][index]
-        found = _first_row(call).run(block, hidden)
-        return hidden, found[0] if isinstance(found, (tuple, list)) else found
+        return stream.hidden[0][:1], first_of(_one_example(stream, index).run(block, example))
 
     def allowed(module: nn.Module) -> bool:
-        return module in work.live and _pending(work, module)
+        """Only what will be quantized anyway changes, and nothing that is also used elsewhere."""
+        quantized = module in work.live or graph.is_norm(module)
+        return quantized and not any(id(p) in work.shared for p in module.parameters(recurse=False))
 
-    try:
-        folds = graph.find_folds(block, groups, run, allowed, seed=work.options.seed)
-    except (RuntimeError, IndexError):  # the block does not run with one example alone
-        return []
-    by_group = {f.consumers: f for f in folds}
+    example = stream.hidden[0][:1]
     names = {m: n for n, m in block.named_modules()}
-    done = []
-    for group in groups:
-        fold = by_group.get(tuple(names[m] for m in group))
-        mine = [m for m in group if m in work.live]
-        if fold is None or not any(helps(work.live[m][0].scheme.fmt) for m in mine):
-            continue
-        observer = MeanSquareObserver(len(fold.channel), graph.matrix(group[0]).device)
-        seen = 0
-        for i in range(len(stream.hidden)):
-            x = capture.input_of(group[0], partial(stream.run, i, index, block))
-            if x is not None:
-                rows = tokens_of(x, stream.keep[i])
-                observer.update(rows)
-                seen += len(rows)
-            if seen >= FOLD_TOKENS:
-                break
-        if not seen:
-            continue
-        producer: Any = block.get_submodule(fold.producer)
-        channels = len(producer.weight) if fold.kind != "rows" else len(graph.matrix(producer))
-        weights = torch.cat([graph.matrix(m).float().square() for m in mine]).mean(0)
-        activations = observer.result()
-        if not torch.isfinite(activations).all():
-            continue
-        factors = balance(
-            graph.shared_factors(fold, activations, channels),
-            graph.shared_factors(fold, weights.double(), channels),
-        )
-        factors = _storable(producer, fold, factors, dtypes[f"{fold.producer}.weight"])
-        graph.apply(block, fold, factors)
-        done.append(fold)
-    return done
+    mine = {tuple(names[m] for m in g): g for g in groups if all(allowed(m) for m in g)}
+    modules = dict(block.named_modules())
+    alike = known and all(
+        f.consumers in mine and f.producer in modules and allowed(modules[f.producer])
+        for f in known
+    )
+    if alike and graph.hold(block, known, run, seed=work.options.seed):
+        folds = known
+    else:
+        folds = graph.find_folds(block, groups, run, allowed, seed=work.options.seed)
+    folds = [f for f in folds if any(helps(work.live[m][0].scheme.fmt) for m in mine[f.consumers])]
+    observers = {
+        mine[f.consumers][0]: MeanSquareObserver(len(f.channel), example.device) for f in folds
+    }
+    seen = 0
+    for i in range(len(stream.hidden)):
+        if seen >= FOLD_TOKENS or not folds:
+            break
+        inputs = capture.inputs_of(observers, partial(stream.run, i, index, block))
+        for module, x in inputs.items():
+            observers[module].update(tokens_of(x, stream.keep[i]))
+        seen += stream.hidden[i].shape[:-1].numel()
+    for fold in folds:
+        group = mine[fold.consumers]
+        activations = observers[group[0]].result()
+        if torch.isfinite(activations).all():
+            factors = _factors(block, fold, group, activations)
+            producer = block.get_submodule(fold.producer)
+            factors = _storable(producer, fold, factors, dtypes[f"{fold.producer}.weight"])
+            graph.apply(block, fold, factors)
+    return folds
+
+
+def _one_example(stream: Stream, index: int) -> capture.Call:
+    """The call for the first example of the first batch: tensors of a row per example are cut."""
+    size = stream.hidden[0].shape[0]
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == size:
+            return value[:1]
+        if isinstance(value, tuple):
+            return tuple(cut(v) for v in value)
+        return value
+
+    call = stream.calls[0][index]
+    return capture.Call(
+        tuple(cut(a) for a in call.args), {k: cut(v) for k, v in call.kwargs.items()}
+    )
+
+
+def _factors(
+    block: nn.Module, fold: graph.Fold, group: list[nn.Module], activations: Tensor
+) -> Tensor:
+    """One factor for each channel of the producer. activations: (K,) mean squares."""
+    producer: Any = block.get_submodule(fold.producer)
+    channels = len(graph.matrix(producer)) if fold.kind == "rows" else len(producer.weight)
+    weights = torch.cat([graph.matrix(m).float().square() for m in group]).mean(0).double()
+    return balance(
+        graph.shared_factors(fold, activations, channels),
+        graph.shared_factors(fold, weights, channels),
+    )
 
 
 def _storable(producer: Any, fold: graph.Fold, factors: Tensor, dtype: torch.dtype) -> Tensor:
@@ -380,21 +422,6 @@ def _storable(producer: Any, fold: graph.Fold, factors: Tensor, dtype: torch.dty
     old = producer.weight.double() + shift
     new = (old / factors - shift).to(dtype).double() + shift
     return torch.where(new != 0, old / torch.where(new != 0, new, 1.0), 1.0).abs().clamp_min(1e-6)
-
-
-def _first_row(call: capture.Call) -> capture.Call:
-    """The call for the first example of its batch: tensors of one row per example are cut."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] > 1:
-            return value[:1]
-        if isinstance(value, tuple):
-            return tuple(cut(v) for v in value)
-        return value
-
-    return capture.Call(
-        tuple(cut(a) for a in call.args), {k: cut(v) for k, v in call.kwargs.items()}
-    )
 
 
 def _widen(stream: Stream) -> None:
@@ -459,4 +486,17 @@ def _rest(work: _Work) -> None:
             work.chosen[work.tie[module]] = (live, choice.weight)
             work.report(module, choice, tokens, None)
     for module in left:
+        _report_tied(work, module)
         _install(work, module)
+
+
+def _report_tied(work: _Work, module: nn.Module) -> None:
+    """A layer whose codes were chosen for another that it shares its weight with."""
+    name = work.live[module][1][0]
+    if name in work.layers:
+        return
+    owner, qweight = work.chosen[work.tie[module]]
+    owner_name = next(names[0] for live, names in work.live.values() if live is owner)
+    found = work.layers[owner_name].algorithm
+    choice = Choice(weight=qweight, algorithm=found, reason=f"tied to {owner_name}")
+    work.report(module, choice, 0, None)

@@ -73,6 +73,9 @@ def prepare(
     if data is None or (isinstance(data, str) and data == SELF):
         ids = write(model, options, window, on_step)
         return _from_windows(model, list(ids), options, "text the model wrote itself")
+    own = getattr(model, "config", None) is None  # what its tensors mean is its own business
+    if isinstance(data, Tensor) and own:
+        return _from_batches(model, [data])
     if isinstance(data, Tensor):
         return _from_windows(model, _windows([data], options, window), options, "token ids")
     items: list[Any] = [data] if isinstance(data, str) else list(data)
@@ -81,7 +84,7 @@ def prepare(
     if all(isinstance(item, str) for item in items):
         return _from_texts(model, items, tokenizer, options, window)
     if all(isinstance(item, Tensor) for item in items):
-        if not all(_is_ids(item) for item in items):
+        if own or not all(_is_ids(item) for item in items):
             return _from_batches(model, items)
         return _from_windows(model, _windows(items, options, window), options, "token ids")
     if all(isinstance(item, Mapping) for item in items):

@@ -84,6 +84,9 @@ class FreezeReport:
             + ", ".join(f"{count} weights by {name}" for name, count in kept.most_common())
             + (f"; {self.tokens:,} tokens of {self.calibration}" if self.calibration else "")
         ]
+        balanced = sum(layer.folded_into is not None for layer in self.layers)
+        if self.worst:
+            lines.append(f"  {balanced} of {len(self.worst)} balanced with the module before them")
         for layer in self.worst[:5]:
             lines.append(f"  {layer.name}: {layer.output_error:.2%} of the output lost")
         for layer in self.layers:

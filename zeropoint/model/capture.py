@@ -9,6 +9,7 @@ its name; what is no chain is observed by hooks on the whole model.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,7 +126,9 @@ def enter(model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> St
     problem = _why_no_chain(blocks, seen)
     if problem is not None:
         return problem
-    where = _hidden_key(seen[blocks[-1]][0], _first(seen[blocks[-2]][0][2]) if blocks[1:] else None)
+    where = _hidden_key(
+        seen[blocks[-1]][0], first_of(seen[blocks[-2]][0][2]) if blocks[1:] else None
+    )
     first = seen[blocks[0]][0]
     if where is None or not isinstance(_get(first, where), Tensor):
         return "its first block does not take hidden states where the others do"
@@ -148,7 +151,7 @@ def enter(model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> St
 def advance(stream: Stream, index: int, block: nn.Module) -> None:
     """Replace the hidden states by what the block makes of them. In place."""
     for i in range(len(stream.hidden)):
-        stream.hidden[i] = _first(stream.run(i, index, block))
+        stream.hidden[i] = first_of(stream.run(i, index, block))
 
 
 @torch.no_grad()
@@ -158,28 +161,29 @@ def sharing(block: nn.Module, run: Callable[[], Any]) -> list[list[nn.Module]]:
     Layers that did not run, or ran more than once, come last, each alone.
     """
     linears = [m for m in block.modules() if is_linear(m)]
-    inputs: dict[nn.Module, list[Tensor]] = {m: [] for m in linears}
-    groups: list[tuple[Tensor, list[nn.Module]]] = []
-    with _hooks(linears, lambda m, x: inputs[m].append(x)):
+    calls: list[tuple[nn.Module, Tensor]] = []
+    with _hooks(linears, lambda m, x: calls.append((m, x))):
         run()
-    order = [m for m in inputs if len(inputs[m]) == 1]
-    order.sort(key=_execution_order(linears, run))
-    for module in order:
-        x = inputs[module][0]
+    count = Counter(m for m, _ in calls)
+    groups: list[tuple[Tensor, list[nn.Module]]] = []
+    for module, x in calls:
+        if count[module] > 1:
+            continue
         mates = next((g for key, g in groups if key is x), None)
         if mates is None:
             groups.append((x, [module]))
         else:
             mates.append(module)
-    rest = [[m] for m in linears if len(inputs[m]) != 1]
-    return [g for _, g in groups] + rest
+    return [g for _, g in groups] + [[m] for m in linears if count[m] != 1]
 
 
-def _execution_order(linears: list[nn.Module], run: Callable[[], Any]) -> Any:
-    order: dict[nn.Module, int] = {}
-    with _hooks(linears, lambda m, _: order.setdefault(m, len(order))):
+@torch.no_grad()
+def inputs_of(modules: Collection[nn.Module], run: Callable[[], Any]) -> dict[nn.Module, Tensor]:
+    """What each of the modules is given in one pass; those that do not run are left out."""
+    seen: dict[nn.Module, Tensor] = {}
+    with _hooks(modules, seen.setdefault):
         run()
-    return lambda m: order[m]
+    return seen
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -284,7 +288,8 @@ def _one_example(batch: Batch) -> Batch:
     return {k: v[:1] for k, v in batch.items()}
 
 
-def _first(output: Any) -> Any:
+def first_of(output: Any) -> Any:
+    """The hidden states of a block's output, which may come with others."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
@@ -293,7 +298,7 @@ def _why_no_chain(blocks: list[nn.Module], seen: dict[nn.Module, list[_Seen]]) -
     if counts != {1}:
         return f"its blocks run {sorted(counts)} times in one pass, not once each"
     for before, after in zip(blocks, blocks[1:], strict=False):
-        hidden = _first(seen[before][0][2])
+        hidden = first_of(seen[before][0][2])
         if not isinstance(hidden, Tensor) or _hidden_key(seen[after][0], hidden) is None:
             return "a block does not take the output of the block before it"
     return None
@@ -357,8 +362,8 @@ def _why_not_replayed(
 ) -> str | None:
     """Whether the last block, run alone, answers as it did inside the model."""
     last = seen[blocks[-1]][0]
-    expected = _first(last[2])
-    again = _first(_call(last, where).run(blocks[-1], _get(last, where)))
+    expected = first_of(last[2])
+    again = first_of(_call(last, where).run(blocks[-1], _get(last, where)))
     if again.shape != expected.shape or not torch.allclose(again, expected, rtol=1e-3, atol=1e-5):
         return "a block run alone answers differently than inside the model"
     return None

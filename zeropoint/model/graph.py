@@ -26,6 +26,8 @@ TOLERANCE = 1e-3  # of what the block adds to a token; float32 noise is 100 time
 FACTOR_RANGE = 0.7  # random factors are exp(-0.7) to exp(0.7): half to double
 
 
+Run = Callable[[], tuple[Tensor, Tensor]]
+"""Runs the block: its input and its output, two of (B, T, C) float32."""
 Kind = Literal["weight", "one plus weight", "rows"]
 
 
@@ -77,37 +79,53 @@ def apply(block: nn.Module, fold: Fold, factors: Tensor) -> None:
 def find_folds(
     block: nn.Module,
     groups: list[list[nn.Module]],
-    run: Callable[[], tuple[Tensor, Tensor]],
+    run: Run,
     allowed: Callable[[nn.Module], bool],
     *,
     seed: int = 0,
 ) -> list[Fold]:
     """The verified edges of a block, at most one for each group of layers with one input.
 
-    groups: from `capture.sharing`. run: input and output of the block, two of (B, T, C), float32.
-    allowed: whether a linear layer may be a producer. The block is as it was afterwards.
+    groups: from `capture.sharing`.
+    allowed: whether a module may change; all of an edge's must. The block is as it was afterwards.
     """
     names = {m: n for n, m in block.named_modules()}
-    generator = torch.Generator().manual_seed(seed)
-    before, expected = run()
-    size = (expected - before).norm(dim=-1).clamp_min(1e-12)
     made = _outputs(block, groups, run)
+    expected = run()
     folds = []
     for number, group in enumerate(groups):
+        if not all(allowed(m) for m in group):
+            continue
         earlier = [m for g in groups[:number] for m in g if allowed(m)]
+        norms = [m for m in made[group[0]] if allowed(m)]
         consumers = tuple(names[m] for m in group)
-        for fold in _proposals(names, group, consumers, earlier, made, block):
-            channels = _channels(block.get_submodule(fold.producer), fold.kind)
-            factors = torch.rand(channels, generator=generator).mul_(2 * FACTOR_RANGE)
-            factors = factors.sub_(FACTOR_RANGE).exp_()
-            with _restored(block, fold):
-                apply(block, fold, factors.to(expected.device))
-                _, found = run()
-            distance = ((found - expected).norm(dim=-1) / size).mean()
-            if bool(distance < TOLERANCE):  # NaN is no edge
+        for fold in _proposals(names, group, consumers, earlier, norms, block):
+            if _holds(block, [fold], run, expected, seed):
                 folds.append(fold)
                 break
     return folds
+
+
+@torch.no_grad()
+def hold(block: nn.Module, folds: list[Fold], run: Run, *, seed: int = 0) -> bool:
+    """Whether edges found in another block are edges of this one: all of them verified at once."""
+    return _holds(block, folds, run, run(), seed)
+
+
+def _holds(
+    block: nn.Module, folds: list[Fold], run: Run, expected: tuple[Tensor, Tensor], seed: int
+) -> bool:
+    before, after = expected
+    generator = torch.Generator().manual_seed(seed)
+    with _restored(block, folds):
+        for fold in folds:
+            channels = _channels(block.get_submodule(fold.producer), fold.kind)
+            factors = torch.rand(channels, generator=generator).mul_(2 * FACTOR_RANGE)
+            apply(block, fold, factors.sub_(FACTOR_RANGE).exp_().to(after.device))
+        _, found = run()
+    size = (after - before).norm(dim=-1).clamp_min(1e-12)
+    distance = ((found - after).norm(dim=-1) / size).mean()
+    return bool(distance < TOLERANCE)  # NaN is no edge
 
 
 def shared_factors(fold: Fold, values: Tensor, channels: int) -> Tensor:
@@ -142,7 +160,7 @@ def _outputs(
             found[module] = [m for m, out in outputs if out is args[0]]
 
     handles: list[Any] = [g[0].register_forward_pre_hook(before) for g in groups]
-    handles += [m.register_forward_hook(after) for m in block.modules() if _is_norm(m)]
+    handles += [m.register_forward_hook(after) for m in block.modules() if is_norm(m)]
     try:
         run()
     finally:
@@ -151,7 +169,8 @@ def _outputs(
     return found
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether it has a weight per channel, and may so multiply its output by it."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() == 1
 
@@ -161,12 +180,12 @@ def _proposals(
     group: list[nn.Module],
     consumers: tuple[str, ...],
     earlier: list[nn.Module],
-    made: dict[nn.Module, list[nn.Module]],
+    norms: list[nn.Module],
     block: nn.Module,
 ) -> Iterator[Fold]:
     columns = matrix(group[0]).shape[1]
     identity = torch.arange(columns)
-    for norm in made[group[0]]:
+    for norm in norms:
         assert isinstance(norm.weight, Tensor)
         if len(norm.weight) == columns:
             kinds: tuple[Kind, ...] = ("weight", "one plus weight")
@@ -200,10 +219,10 @@ def _channel_maps(rows: int, columns: int, block: nn.Module) -> Iterator[Tensor]
 
 
 @contextmanager
-def _restored(block: nn.Module, fold: Fold) -> Iterator[None]:
+def _restored(block: nn.Module, folds: list[Fold]) -> Iterator[None]:
     """Put back the very bits of what `apply` changes."""
-    modules = [block.get_submodule(n) for n in (fold.producer, *fold.consumers)]
-    parameters = [p for m in modules for p in m.parameters(recurse=False)]
+    changed = dict.fromkeys(n for f in folds for n in (f.producer, *f.consumers))
+    parameters = [p for n in changed for p in block.get_submodule(n).parameters(recurse=False)]
     saved = [p.detach().clone() for p in parameters]
     try:
         yield
