@@ -236,6 +236,19 @@ def test_modules_that_a_rule_keeps_are_left_alone():
     assert folded["up_proj"] == "post_attention_layernorm"
 
 
+def test_only_what_is_asked_for_is_run():
+    model = build("llama")
+    zp.quantize(model, "int4", include="model.layers.1.*")
+    ran = []
+    model.model.norm.register_forward_pre_hook(lambda *_: ran.append(1))
+    report = zp.freeze(model, "gptq", data=[example_inputs(model)])
+    assert len(report.layers) == 7 and len(ran) == 1, "once, to see that blocks can be run alone"
+    model = build("llama")
+    zp.quantize(model, "int4", include="model.layers.0.*")
+    zp.freeze(model, "gptq", data=[example_inputs(model)])
+    outputs(model)
+
+
 def test_tied_linears_share_their_codes():
     model = build("llama")
     first, second = model.model.layers

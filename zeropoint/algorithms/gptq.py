@@ -37,6 +37,7 @@ from zeropoint.scheme import Scheme
 
 BLOCK = 128  # columns between two matrix products; the result does not depend on it
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of mean(diag H), tried in this order
+REFIT_ELEMENTS = 1 << 24  # of the largest temporary of a refit: 64 MB
 SWEEPS = 2  # of coordinate descent, each followed by a refit of the scales
 
 
@@ -256,40 +257,48 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor)
     n, k = weight.shape
     if rows != n:
         return grid
-    levels = _values(codes, Grid(torch.ones_like(grid.scale), grid.zero_point), scheme)
     w = weight.detach().float()
-    width = k // groups
-    h32 = h.float()
-    products = torch.empty(n, groups, k, device=w.device)
+    levels = _values(codes, Grid(torch.ones_like(grid.scale), grid.zero_point), scheme)
+    at_once = max(1, REFIT_ELEMENTS // (groups * k))
+    parts = [
+        _solved(w_part, levels_part, scale, h.float(), get_scale_dtype(scheme.scale_dtype))
+        for w_part, levels_part, scale in zip(
+            w.split(at_once), levels.split(at_once), grid.scale.split(at_once), strict=True
+        )
+    ]
+    return Grid(torch.cat(parts), grid.zero_point)
+
+
+def _solved(w: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The refitted scales of some rows. w, levels: (n, K); scale: (n, G), returned where better."""
+    n, groups = scale.shape
+    width = w.shape[1] // groups
+    products = torch.empty(n, groups, w.shape[1], device=w.device)
     blocks = levels.view(n, groups, width)
     for g in range(groups):  # C^T H, one group of rows of H at a time
-        products[:, g] = blocks[:, g] @ h32[g * width : (g + 1) * width]
-    right = (products * w.unsqueeze(1)).sum(-1)
+        products[:, g] = blocks[:, g] @ h[g * width : (g + 1) * width]
+    right = (products * w.unsqueeze(1)).sum(-1).double()
     left = torch.empty(n, groups, groups, device=w.device)
     for g in range(groups):
         part = products[:, :, g * width : (g + 1) * width]
         left[:, :, g] = (part @ blocks[:, g].unsqueeze(-1)).squeeze(-1)
-    left, right = left.double(), right.double()
-    mean = left.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    old = grid.scale.double()
+    system = left.double()
+    mean = system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    old = scale.double()
     # Tikhonov towards the old scales: a group whose codes are all zero says nothing about its own.
     ridge = 1e-6 * mean[:, None]
-    left = left + torch.diag_embed(ridge.expand(n, groups))
-    solved, info = torch.linalg.solve_ex(left, (right + ridge * old).unsqueeze(-1))
+    system = system + torch.diag_embed(ridge.expand(n, groups))
+    solved, info = torch.linalg.solve_ex(system, (right + ridge * old).unsqueeze(-1))
     new = solved.squeeze(-1)
-    dtype = get_scale_dtype(scheme.scale_dtype)
     floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
     usable = torch.isfinite(new) & (new > floor) & (new < limit) & (info == 0)[:, None]
     stored = torch.where(usable, new, old).to(dtype)
-    tried = Grid(stored, grid.zero_point)
-    before = _loss_per_row(w, _values(codes, grid, scheme), h32)
-    after = _loss_per_row(w, _values(codes, tried, scheme), h32)
-    return Grid(torch.where((after < before)[:, None], stored, grid.scale), grid.zero_point)
 
+    def loss(scales: Tensor) -> Tensor:
+        error = w - (blocks * scales.float().unsqueeze(-1)).view(w.shape)
+        return ((error @ h) * error).sum(-1)
 
-def _loss_per_row(w: Tensor, image: Tensor, h: Tensor) -> Tensor:
-    error = w - image
-    return ((error @ h) * error).sum(-1)
+    return torch.where((loss(stored) < loss(scale))[:, None], stored, scale)
 
 
 def _codes(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:

@@ -31,11 +31,19 @@ from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
 CHUNK_ELEMENTS = 1 << 18  # a megabyte of float32: the search's temporaries stay in the cache
-STEPS = 12
 REFITS = 2
-# Smallest share of the range worth trying; section 5.2 of docs/maths: the best clip of a Gaussian
-# is 1.5, 2.5 and 3.9 sigma at 2, 4 and 8 bits, of ranges of 2.7 (32 values) to 3.5 sigma (1024).
-SMALLEST_SHARE = {2: 0.4, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8, 7: 0.85, 8: 0.85}
+# By bits: the smallest share of the range worth trying, and how many are tried. The best clip of a
+# Gaussian is at 1.5, 2.0, 2.5, 2.9, 3.3 and 3.9 sigma for 2, 3, 4, 5, 6 and 8 bits; the range of 32
+# to 1024 values is 2.1 to 3.4 sigma on either side.
+SHARES = {
+    2: (0.4, 14),
+    3: (0.5, 12),
+    4: (0.6, 10),
+    5: (0.7, 8),
+    6: (0.8, 6),
+    7: (0.85, 4),
+    8: (0.85, 4),
+}
 
 
 class Grid(NamedTuple):
@@ -114,9 +122,9 @@ def _search_rows(
     blocks: Tensor, weights: Tensor, start: Grid, fmt: Format, dtype: torch.dtype
 ) -> Grid:
     best, best_error = start, _error(blocks, weights, start, fmt)
-    smallest = SMALLEST_SHARE[fmt.bits]
-    for step in range(STEPS):
-        share = 1.0 - (1.0 - smallest) * step / (STEPS - 1)
+    smallest, steps = SHARES[fmt.bits]
+    for step in range(steps):
+        share = 1.0 - (1.0 - smallest) * step / (steps - 1)
         tried = _refit(blocks, weights, _shrunk(start, share, dtype), fmt, dtype)
         best, best_error = _better(blocks, weights, best, best_error, tried, fmt)
     for _ in range(REFITS):

@@ -23,21 +23,20 @@ from torch import Tensor, nn
 
 from zeropoint.algorithms import Algorithm
 from zeropoint.algorithms.choice import Choice, measured
-from zeropoint.algorithms.fold import balance, helps, propagated
+from zeropoint.algorithms.fold import helps, propagated
 from zeropoint.algorithms.search import search
 from zeropoint.errors import ZeropointError
+from zeropoint.flows.balance import balance_block, one_example
 from zeropoint.flows.data import Calibration, Prepared
 from zeropoint.flows.report import LayerReport
 from zeropoint.model import capture, graph
-from zeropoint.model.capture import Stream, first_of, tokens_of
+from zeropoint.model.capture import Stream, tokens_of
 from zeropoint.model.replace import replace_module
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QModule
-from zeropoint.observers import CrossObserver, HessianObserver, MeanSquareObserver
+from zeropoint.observers import CrossObserver, HessianObserver
 from zeropoint.progress import OnStep
 from zeropoint.qtensor import QTensor
-
-FOLD_TOKENS = 4096  # enough for a mean square of each channel
 
 
 @dataclass
@@ -219,11 +218,17 @@ def _chain(work: _Work, blocks: list[nn.Module], stream: Stream) -> None:
     if work.options.propagate:
         original = Stream(list(stream.hidden), stream.calls, stream.keep)
     folds: list[graph.Fold] = []
-    for index, block in enumerate(blocks):
+    busy = [any(m in work.live and _pending(work, m) for m in b.modules()) for b in blocks]
+    while busy and not busy[-1]:
+        busy.pop()  # nothing behind the last layer to quantize needs to run
+    for index, block in enumerate(blocks[: len(busy)]):
         kept = {k: t.dtype for k, t in (*block.named_parameters(), *block.named_buffers())}
         block.float()
         try:
-            folds = _block(work, block, index, stream, original, folds, kept)
+            if busy[index]:
+                folds = _block(work, block, index, stream, original, folds, kept)
+            else:
+                _pass(block, index, stream, original)
         finally:
             _narrow(block, kept)
 
@@ -242,12 +247,25 @@ def _block(
     known: edges of the block before. Returns this one's.
     """
     names = {m: n for n, m in block.named_modules()}
+    for module in block.modules():
+        if module in work.live and not _pending(work, module):  # tied to an earlier layer
+            _use_image(module, work.chosen[work.tie[module]][1])
     example = stream.hidden[0][:1]
-    groups = capture.sharing(block, lambda: _one_example(stream, index).run(block, example))
+    groups = capture.sharing(block, lambda: one_example(stream, index).run(block, example))
     targets = [m for g in groups for m in g if m in work.live and _pending(work, m)]
     folds = []
     if work.options.fold:
-        folds = _fold(work, block, index, stream, groups, known, dtypes)
+        folds = balance_block(
+            block,
+            index,
+            stream,
+            groups,
+            known,
+            dtypes,
+            may_change=partial(_may_change, work),
+            helped=lambda m: helps(work.live[m][0].scheme.fmt),
+            seed=work.options.seed,
+        )
     folded = {c: f.producer for f in folds for c in f.consumers}
     reference = copy.deepcopy(block) if original is not None else None
     for group in groups:
@@ -277,6 +295,19 @@ def _block(
             _report_tied(work, module)
             _install(work, module)
     return folds
+
+
+def _pass(block: nn.Module, index: int, stream: Stream, original: Stream | None) -> None:
+    """Move the streams behind a block in which nothing is to be done."""
+    for one in (stream, original):
+        if one is not None:
+            capture.advance(one, index, block)
+
+
+def _may_change(work: _Work, module: nn.Module) -> bool:
+    """Only what will be quantized anyway changes, and nothing that is also used elsewhere."""
+    known = (module in work.live and _pending(work, module)) or graph.is_norm(module)
+    return known and not any(id(p) in work.shared for p in module.parameters(recurse=False))
 
 
 def _pending(work: _Work, module: nn.Module) -> bool:
@@ -323,105 +354,6 @@ def _statistics(
     if tokens == 0:
         return None, None, 0
     return hessian, None if cross is None else cross.result(), tokens
-
-
-def _fold(
-    work: _Work,
-    block: nn.Module,
-    index: int,
-    stream: Stream,
-    groups: list[list[nn.Module]],
-    known: list[graph.Fold],
-    dtypes: dict[str, torch.dtype],
-) -> list[graph.Fold]:
-    """Balance activations and weights over the block's edges. In place; the block's function stays.
-
-    known: edges of the block before, which are likely to be this one's. Returns the edges.
-    """
-
-    def run() -> tuple[Tensor, Tensor]:
-        return stream.hidden[0][:1], first_of(_one_example(stream, index).run(block, example))
-
-    def allowed(module: nn.Module) -> bool:
-        """Only what will be quantized anyway changes, and nothing that is also used elsewhere."""
-        quantized = module in work.live or graph.is_norm(module)
-        return quantized and not any(id(p) in work.shared for p in module.parameters(recurse=False))
-
-    example = stream.hidden[0][:1]
-    names = {m: n for n, m in block.named_modules()}
-    mine = {tuple(names[m] for m in g): g for g in groups if all(allowed(m) for m in g)}
-    modules = dict(block.named_modules())
-    alike = known and all(
-        f.consumers in mine and f.producer in modules and allowed(modules[f.producer])
-        for f in known
-    )
-    if alike and graph.hold(block, known, run, seed=work.options.seed):
-        folds = known
-    else:
-        folds = graph.find_folds(block, groups, run, allowed, seed=work.options.seed)
-    folds = [f for f in folds if any(helps(work.live[m][0].scheme.fmt) for m in mine[f.consumers])]
-    observers = {
-        mine[f.consumers][0]: MeanSquareObserver(len(f.channel), example.device) for f in folds
-    }
-    seen = 0
-    for i in range(len(stream.hidden)):
-        if seen >= FOLD_TOKENS or not folds:
-            break
-        inputs = capture.inputs_of(observers, partial(stream.run, i, index, block))
-        for module, x in inputs.items():
-            observers[module].update(tokens_of(x, stream.keep[i]))
-        seen += stream.hidden[i].shape[:-1].numel()
-    for fold in folds:
-        group = mine[fold.consumers]
-        activations = observers[group[0]].result()
-        if torch.isfinite(activations).all():
-            factors = _factors(block, fold, group, activations)
-            producer = block.get_submodule(fold.producer)
-            factors = _storable(producer, fold, factors, dtypes[f"{fold.producer}.weight"])
-            graph.apply(block, fold, factors)
-    return folds
-
-
-def _one_example(stream: Stream, index: int) -> capture.Call:
-    """The call for the first example of the first batch: tensors of a row per example are cut."""
-    size = stream.hidden[0].shape[0]
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == size:
-            return value[:1]
-        if isinstance(value, tuple):
-            return tuple(cut(v) for v in value)
-        return value
-
-    call = stream.calls[0][index]
-    return capture.Call(
-        tuple(cut(a) for a in call.args), {k: cut(v) for k, v in call.kwargs.items()}
-    )
-
-
-def _factors(
-    block: nn.Module, fold: graph.Fold, group: list[nn.Module], activations: Tensor
-) -> Tensor:
-    """One factor for each channel of the producer. activations: (K,) mean squares."""
-    producer: Any = block.get_submodule(fold.producer)
-    channels = len(graph.matrix(producer)) if fold.kind == "rows" else len(producer.weight)
-    weights = torch.cat([graph.matrix(m).float().square() for m in group]).mean(0).double()
-    return balance(
-        graph.shared_factors(fold, activations, channels),
-        graph.shared_factors(fold, weights, channels),
-    )
-
-
-def _storable(producer: Any, fold: graph.Fold, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factors for which the norm's new weight is a number of its own dtype: then folding is exact
-    in a model of 16 bits, too.
-    """
-    if fold.kind == "rows" or dtype == torch.float32:
-        return factors
-    shift = 1.0 if fold.kind == "one plus weight" else 0.0
-    old = producer.weight.double() + shift
-    new = (old / factors - shift).to(dtype).double() + shift
-    return torch.where(new != 0, old / torch.where(new != 0, new, 1.0), 1.0).abs().clamp_min(1e-6)
 
 
 def _widen(stream: Stream) -> None:
