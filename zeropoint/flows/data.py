@@ -72,12 +72,12 @@ def prepare(
     window = min(options.window, context_length(model) or options.window)
     if data is None or (isinstance(data, str) and data == SELF):
         ids = write(model, options, window, on_step)
-        return _from_windows(model, list(ids), options, "text the model wrote itself")
+        return _from_windows(model, list(ids), options, window, "text the model wrote itself")
     own = getattr(model, "config", None) is None  # what its tensors mean is its own business
     if isinstance(data, Tensor) and own:
         return _from_batches(model, [data])
     if isinstance(data, Tensor):
-        return _from_windows(model, _windows([data], options, window), options, "token ids")
+        return _from_windows(model, _windows([data], options, window), options, window, "token ids")
     items: list[Any] = [data] if isinstance(data, str) else list(data)
     if not items:
         raise TextError("the calibration data is empty; give texts, token ids or batches")
@@ -86,7 +86,7 @@ def prepare(
     if all(isinstance(item, Tensor) for item in items):
         if own or not all(_is_ids(item) for item in items):
             return _from_batches(model, items)
-        return _from_windows(model, _windows(items, options, window), options, "token ids")
+        return _from_windows(model, _windows(items, options, window), options, window, "token ids")
     if all(isinstance(item, Mapping) for item in items):
         return _from_batches(model, [dict(item) for item in items])
     kinds = ", ".join(sorted({type(item).__name__ for item in items}))
@@ -152,7 +152,7 @@ def _from_texts(
             for t in texts
             if t.strip()
         ]
-        return _from_windows(model, _windows(ids, options, window), options, "texts")
+        return _from_windows(model, _windows(ids, options, window), options, window, "texts")
     return _from_sentences(model, texts, tokenizer, options, window)
 
 
@@ -186,9 +186,7 @@ def _from_sentences(
             return_tensors="pt",
         )
         batches.append({k: v.to(_device(model)) for k, v in encoded.items()})
-    return Prepared(
-        batches=batches, tokens=tokens, source="texts", warnings=_few(tokens, options.window)
-    )
+    return Prepared(batches=batches, tokens=tokens, source="texts", warnings=_few(tokens, window))
 
 
 def _windows(ids: list[Tensor], options: Calibration, window: int) -> list[Tensor]:
@@ -214,10 +212,12 @@ def _drawn(items: list[Any], seed: int) -> list[Any]:
     return [items[i] for i in order.tolist()]
 
 
-def _from_windows(model: Any, windows: list[Tensor], options: Calibration, source: str) -> Prepared:
-    """Batches of windows of one length."""
-    window = len(windows[0])
-    at_once = max(1, options.batch_tokens // window)
+def _from_windows(
+    model: Any, windows: list[Tensor], options: Calibration, window: int, source: str
+) -> Prepared:
+    """Batches of windows of one length, which is less than `window` for a short text only."""
+    length = len(windows[0])
+    at_once = max(1, options.batch_tokens // length)
     config = getattr(model, "config", None)
     batches: list[Batch] = []
     for start in range(0, len(windows), at_once):
@@ -225,14 +225,12 @@ def _from_windows(model: Any, windows: list[Tensor], options: Calibration, sourc
         if config is None:
             batches.append(ids)
         elif getattr(config, "is_encoder_decoder", False):
-            half = window // 2
+            half = length // 2
             batches.append({"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:]})
         else:
             batches.append({"input_ids": ids})
-    tokens = window * len(windows)
-    return Prepared(
-        batches=batches, tokens=tokens, source=source, warnings=_few(tokens, options.window)
-    )
+    tokens = length * len(windows)
+    return Prepared(batches=batches, tokens=tokens, source=source, warnings=_few(tokens, window))
 
 
 def _from_batches(model: nn.Module, items: list[Any]) -> Prepared:
