@@ -220,7 +220,7 @@ def test_activations_that_are_not_finite_mean_searched_grids():
 
 def test_few_tokens_are_warned_about():
     _, report, _ = error("llama", "gptq", data=torch.tensor([5, 6, 7, 8]))
-    assert report.warnings[0].startswith("only 4 calibration tokens, less than one window of 512")
+    assert report.warnings[0].startswith("only 4 calibration tokens, less than one window of 64")
     assert "  warning: only 4 calibration tokens" in str(report)
 
 

@@ -49,7 +49,7 @@ class LayerReport:
     folded_into: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FreezeReport:
     """What `zp.freeze` did: how the codes of every weight were found.
 
@@ -93,6 +93,8 @@ class FreezeReport:
             if layer.reason is not None and layer.algorithm != self.algorithm:
                 lines.append(f"  {layer.name}: {layer.algorithm}, because {layer.reason}")
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+    __repr__ = __str__  # what a bare call shows in a notebook
 
 
 @dataclass(frozen=True, kw_only=True)
