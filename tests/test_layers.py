@@ -14,7 +14,7 @@ LEVELS = (
     {"scheme"},
     {"qtensor"},
     {"native"},
-    {"kernels", "algorithms", "checkpoints"},
+    {"kernels", "algorithms", "observers", "checkpoints"},
     {"nn"},
     {"model"},
     {"flows"},

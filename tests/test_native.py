@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -562,7 +563,8 @@ def _fork_while_the_pool_works(step):
             if child == 0:
                 signal.alarm(100)  # rather than hang
                 right = all(torch.equal(call(), y) for _ in range(5) for call, y in jobs)
-                helped = len(os.listdir("/proc/self/task")) > 1  # fork copies no other thread
+                tasks = list(Path("/proc/self/task").iterdir())
+                helped = len(tasks) > 1  # fork copies no other thread
                 os._exit(0 if right and helped else 1 if helped else 2)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             problems = {1: "gave wrong results", 2: "worked alone", -signal.SIGALRM: "hung"}

@@ -10,6 +10,7 @@ import zeropoint as zp
 
 def test_exported_names_are_pinned():
     assert sorted(zp.__all__) == [
+        "Calibration",
         "Comparison",
         "Footprint",
         "QTensor",

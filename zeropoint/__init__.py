@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Comparison",
     "Footprint",
     "QTensor",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from zeropoint.errors import ZeropointError
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
+    from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
     from zeropoint.model.load import load
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from zeropoint.scheme import Recipe, Rule, Scheme
 
 _HOMES = {
+    "Calibration": "zeropoint.flows.data",
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
     "QTensor": "zeropoint.qtensor",

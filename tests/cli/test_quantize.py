@@ -202,3 +202,61 @@ def test_a_truncated_file(cli: Cli, llama: Path, tmp_path: Path) -> None:
     assert ran.code == 2
     assert "cannot be loaded" in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_calibrating_by_a_text_says_how_each_layer_fared(
+    cli: Cli, llama: Path, words: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "gptq"
+    options = ("--weights", "int4", "--algorithm", "gptq", "--data", words)
+    ran = cli("quantize", llama, "-o", out, *options, "--calibration-tokens", 256, "--json", "-")
+    assert ran.code == 0, ran.err
+    assert zp.verify(out) == []
+    assert ran.json["algorithm"] == "gptq"
+    calibration = ran.json["calibration"]
+    assert (calibration["source"], calibration["tokens"]) == ("texts", 256)
+    layers = {x["name"]: x for x in calibration["layers"]}
+    assert layers["model.layers.0.mlp.down_proj"]["algorithm"] == "gptq"
+    assert 0 < layers["model.layers.0.mlp.down_proj"]["output_error"] < 0.05
+    assert "worst layers" in ran.err and "balanced with" in ran.err
+    assert "warning" not in ran.err
+    assert "model.embed_tokens: mse, because an embedding is looked up" in ran.err
+    plain = cli("quantize", llama, "-o", tmp_path / "rtn", "--weights", "int4", "--json", "-")
+    assert "worst layers" not in plain.err
+    assert plain.json["calibration"]["source"] is None
+    assert plain.json["bytes_after"] == ran.json["bytes_after"], "the same bytes"
+
+
+def test_without_data_the_model_writes_its_own_and_a_seed_repeats_it(
+    cli: Cli, llama: Path, tmp_path: Path
+) -> None:
+    states = []
+    for i, data in enumerate(([], ["--data", "self"])):
+        ran = cli(
+            "quantize", llama, "-o", tmp_path / str(i), "--weights", "int4", "--algorithm", "gptq",
+            "--calibration-tokens", 128, "--seed", 3, *data, "--json", "-",
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert ran.json["calibration"]["source"] == "text the model wrote itself"
+        states.append((tmp_path / str(i) / "model.safetensors").read_bytes())
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "self"], "--data: --algorithm rtn uses no calibration data; leave it out"),
+        (["--seed", 1, "--algorithm", "mse"], "--seed: --algorithm mse uses no calibration data"),
+        (["--algorithm", "gptq", "--data", "no.txt"], "no.txt cannot be read as UTF-8 text"),
+        (["--algorithm", "gptq", "--calibration-tokens", 1], "tokens=1: use at least 4"),
+        (["--algorithm", "gpqt"], "'gpqt' is not an algorithm; close: 'gptq'"),
+    ],
+)
+def test_a_mistake_about_calibration_is_found_before_the_model_is_loaded(
+    cli: Cli, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options, message
+) -> None:
+    monkeypatch.setattr(load_module, "load", None)
+    monkeypatch.setattr(zp, "load", None)
+    ran = cli("quantize", llama, "-o", tmp_path / "out", *options)
+    assert ran.code == 2 and message in ran.err
+    assert not (tmp_path / "out").exists()

@@ -318,7 +318,10 @@ def test_the_largest_products_do_not_overflow(isa):
         for sign in (1, -1):
             for activations in (None, "int8"):
                 scheme = scheme_of("int8", activations=activations)
-                weight = rtn(torch.full((2, k), float(sign)), scheme)
+                values = torch.full((2, k), float(sign))
+                values[:, 0] /= 2  # or codes would be 1
+                weight = rtn(values, scheme)
+                assert weight.codes.abs().max() == 127
                 for m in (1, 13):
                     x = torch.full((m, k), 3.0)
                     assert_linear(kernel.linear(x, weight, None), x, weight, None, "native")

@@ -5,7 +5,7 @@ import pytest
 from tests.helpers import schemes
 from zeropoint import _env
 from zeropoint.errors import KernelError, UnknownNameError
-from zeropoint.kernels import reference, torch_dense
+from zeropoint.kernels import reference, select, torch_dense
 from zeropoint.kernels.select import KERNELS, Choice, choose, get_kernel
 from zeropoint.kernels.spec import Spec
 from zeropoint.scheme import Scheme
@@ -24,13 +24,10 @@ def nothing_forced(monkeypatch):
 
 @pytest.fixture
 def table(monkeypatch):
-    """Replace the table of kernels for one test."""
+    """Replace the table of kernels for one test. As a whole: its order is the rank."""
 
     def replace(**kernels):
-        for name in list(KERNELS):
-            monkeypatch.delitem(KERNELS, name)
-        for name, kernel in kernels.items():
-            monkeypatch.setitem(KERNELS, name, kernel)
+        monkeypatch.setattr(select, "KERNELS", kernels)
 
     return replace
 

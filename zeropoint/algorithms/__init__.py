@@ -1,22 +1,66 @@
 """How codes are chosen for a given scheme. To add an algorithm:
 
-one file, and one line in ALGORITHMS.
+one file, and one line in ALGORITHMS, which also says what the algorithm has to know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from zeropoint.algorithms.rtn import rtn
+from zeropoint.algorithms import gptq, rtn, search
+from zeropoint.algorithms.choice import Choice
 from zeropoint.errors import UnknownNameError, nearest
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
-Algorithm = Callable[[Tensor, Scheme], QTensor]
+Statistics = Literal["nothing", "hessian"]
 
-ALGORITHMS: dict[str, Algorithm] = {"rtn": rtn}
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One row of the table.
+
+    choose: (weight (N, K), statistics or None, scheme) -> Choice, pure. needs: the statistics:
+    nothing, or the Hessian (K, K) of the inputs, which takes calibration data.
+    """
+
+    name: str
+    choose: Callable[[Tensor, Tensor | None, Scheme], Choice]
+    needs: Statistics
+    summary: str
+
+    def __call__(self, weight: Tensor, scheme: Scheme, statistics: Tensor | None = None) -> QTensor:
+        """Only the codes."""
+        return self.choose(weight, statistics, scheme).weight
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    row.name: row
+    for row in (
+        Algorithm(
+            name="rtn",
+            choose=rtn.choose,
+            needs="nothing",
+            summary="round to nearest, on a grid that spans the range",
+        ),
+        Algorithm(
+            name="mse",
+            choose=search.choose,
+            needs="nothing",
+            summary="round to nearest, on the grid of least squared error",
+        ),
+        Algorithm(
+            name="gptq",
+            choose=gptq.choose,
+            needs="hessian",
+            summary="feed rounding errors forward, weighted by calibration inputs",
+        ),
+    )
+}
 
 
 def get_algorithm(name: str) -> Algorithm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from zeropoint import native
+from zeropoint.algorithms.choice import Choice
 from zeropoint.numerics import quantize
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
@@ -29,3 +30,8 @@ def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
         scale_dtype=scheme.scale_dtype,
     )
     return QTensor.from_codes(quantized, scheme, weight.dtype)
+
+
+def choose(weight: Tensor, hessian: Tensor | None, scheme: Scheme) -> Choice:
+    """`rtn` as a row of the table."""
+    return Choice(weight=rtn(weight, scheme), algorithm="rtn")

@@ -60,7 +60,7 @@ def bench(
         ("peak memory", f"{speed.peak_rss_bytes / 1e6:,.1f}", "MB, loading included"),
         ("threads", str(speed.threads), ""),
         ("kernels", "", kernels),
-        *(("refused", "", f"{why} ({count} modules)") for why, count in speed.refused.items()),
+        *(("refused", "", reason) for reason in speed.refused),
     )
     for row in rows:
         result.add_row(*row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,8 @@ from zeropoint.cli.screen import Screen, megabytes, silence_libraries, table
 from zeropoint.errors import RecipeError, ZeropointError
 
 if TYPE_CHECKING:
-    from zeropoint.flows.report import Report
+    from zeropoint.flows.data import Calibration
+    from zeropoint.flows.report import FreezeReport, Report
     from zeropoint.scheme import Recipe
 
 
@@ -75,7 +77,29 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    algorithm: Annotated[str, typer.Option(metavar="NAME", help="How codes are chosen.")] = "rtn",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How codes are chosen: rtn (fastest), mse (no data), gptq (calibrated).",
+        ),
+    ] = "rtn",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text to calibrate by; self: what the model writes. For gptq.",
+            show_default="self",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How much of it to use.", show_default="32768"),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Draws the text; same seed, same codes.", show_default="0"),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -103,7 +127,6 @@ def quantize(
     _refuse_json_in(output, json_to)
     with screen.spinner("starting"):
         import zeropoint as zp
-        from zeropoint.algorithms import get_algorithm
         from zeropoint.checkpoints import native
         from zeropoint.checkpoints.atomic import check_writable
         from zeropoint.evaluate.memory import peak_rss_bytes
@@ -113,7 +136,7 @@ def quantize(
         silence_libraries()
     # What can be refused without the model is refused before the user has waited for it.
     check_writable(output, lambda folder: native.why_not_replace(folder, overwrite))
-    get_algorithm(algorithm)
+    texts, options = _calibration(algorithm, data, calibration_tokens, seed)
     rest = float_dtype(dtype)
     rules = None
     if recipe is not None:
@@ -148,7 +171,14 @@ def quantize(
             strict=strict,
         )
     with screen.progress("quantizing") as on_step:
-        zp.freeze(loaded, algorithm, on_step=on_step)
+        frozen = zp.freeze(
+            loaded,
+            algorithm,
+            data=texts,
+            tokenizer=tokenizer,
+            calibration=options,
+            on_step=on_step,
+        )
     loaded.to(
         rest
     )  # after freezing: codes are chosen from the stored weights, not from rounded ones
@@ -161,12 +191,14 @@ def quantize(
     screen.json(
         {"model": model, "output": str(output), "algorithm": algorithm}
         | report.to_dict()
+        | {"calibration": frozen.to_dict()}
         | {"bytes_after": size.total_bytes, "bits_per_weight": size.bits_per_weight}
         | {"seconds": seconds, "peak_rss_bytes": peak}
     )
-    for warning in report.warnings:
+    for warning in (*report.warnings, *frozen.warnings):
         screen.warn(warning)
     _show(screen, report)
+    _show_layers(screen, frozen)
     screen.line()
     screen.line(
         (f"{megabytes(report.bytes_before)} -> {megabytes(size.total_bytes)}", "bold"),
@@ -184,6 +216,32 @@ def _refuse_json_in(output: Path, json_to: str | None) -> None:
             f"--json {json_to} lies in {output}, which will hold the checkpoint and nothing else; "
             "write it beside"
         )
+
+
+def _calibration(
+    algorithm: str, data: str | None, tokens: int | None, seed: int | None
+) -> tuple[str | list[str] | None, Calibration | None]:
+    """What `zp.freeze` takes; refused here where it can be, before the model is loaded."""
+    from zeropoint.algorithms import get_algorithm
+    from zeropoint.evaluate.text import read_text
+    from zeropoint.flows.data import SELF, Calibration
+
+    given = {"--data": data, "--calibration-tokens": tokens, "--seed": seed}
+    named = [name for name, value in given.items() if value is not None]
+    if get_algorithm(algorithm).needs == "nothing":
+        if named:
+            raise RecipeError(
+                f"{', '.join(named)}: --algorithm {algorithm} uses no calibration data; leave it "
+                "out, or use --algorithm gptq"
+            )
+        return None, None
+    default = Calibration()
+    options = replace(
+        default,
+        tokens=default.tokens if tokens is None else tokens,
+        seed=default.seed if seed is None else seed,
+    )
+    return (SELF if data in (None, SELF) else [read_text(str(data))]), options
 
 
 def _read_recipe(path: Path, given: list[str]) -> Recipe:
@@ -216,3 +274,30 @@ def _show(screen: Screen, report: Report) -> None:
             style="yellow" if fate == "kept" else "",
         )
     screen.results.print(result)
+
+
+WORST = 8  # layers shown; all of them are in the JSON
+
+
+def _show_layers(screen: Screen, frozen: FreezeReport) -> None:
+    """The layers whose output suffers most, and those not done by the algorithm asked for."""
+    if not frozen.worst:
+        return
+    result = table("worst layers", ">output lost", ">feedback can win", "by", "note")
+    for layer in frozen.worst[:WORST]:
+        assert layer.output_error is not None
+        notes = [layer.reason] if layer.reason else []
+        if layer.folded_into:
+            notes.append(f"balanced with {layer.folded_into}")
+        result.add_row(
+            layer.name,
+            f"{layer.output_error:.2%}",
+            "" if layer.hessian_gain is None else f"{layer.hessian_gain:.1f}x",
+            layer.algorithm,
+            "; ".join(notes),
+        )
+    screen.line()
+    screen.results.print(result)
+    others = [x for x in frozen.layers if x.algorithm != frozen.algorithm]
+    for layer in others:
+        screen.line(f"{layer.name}: {layer.algorithm}, because {layer.reason}")

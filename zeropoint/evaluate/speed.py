@@ -25,8 +25,8 @@ class Speed:
     """prefill: prompt_tokens at once, median of 5 runs after a warm-up. decode: one token at a time
     after the prompt, from the median time of a token. load_seconds: from the call to a model that
     can run. peak_rss_bytes: of the process since it started, loading included. kernels: number of
-    modules each kernel serves; "float" is torch's own. refused: "kernel: why not" of the kernels
-    that would have been faster, with the number of modules.
+    modules each kernel serves; "float" is torch's own. refused: kernels that would
+    have been faster, why they were not used, and for how many modules.
     """
 
     prefill_tokens_per_second: float
@@ -35,7 +35,7 @@ class Speed:
     peak_rss_bytes: int
     threads: int
     kernels: dict[str, int]
-    refused: dict[str, int]
+    refused: list[str]
     prompt_tokens: int
     new_tokens: int
 
@@ -140,9 +140,10 @@ def time_decode(
     return statistics.median(seconds[1:])
 
 
-def _refused(model: torch.nn.Module) -> dict[str, int]:
+def _refused(model: torch.nn.Module) -> list[str]:
     modules = quantized_modules(model).values()
-    return dict(Counter(f"{name}: {why}" for m in modules for name, why in m.refused.items()))
+    reasons = Counter((name, why) for m in modules for name, why in m.refused.items())
+    return [f"{name}: {why} ({count} modules)" for (name, why), count in reasons.items()]
 
 
 def _kernels(model: torch.nn.Module) -> dict[str, int]:

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
-from zeropoint.algorithms import get_algorithm
+from zeropoint.algorithms import ALGORITHMS, Algorithm, get_algorithm
 from zeropoint.errors import (
     CoverageError,
     GroupSizeError,
@@ -26,7 +27,9 @@ from zeropoint.errors import (
     ZeropointError,
     nearest,
 )
-from zeropoint.flows.report import ModuleReport, Report
+from zeropoint.flows.calibrate import calibrate
+from zeropoint.flows.data import Calibration, Data, prepare
+from zeropoint.flows.report import FreezeReport, LayerReport, ModuleReport, Report
 from zeropoint.kernels.select import choose
 from zeropoint.kernels.spec import Spec
 from zeropoint.model.replace import replace_module
@@ -129,33 +132,79 @@ def quantize(
     return report
 
 
-def freeze(model: nn.Module, algorithm: str = "rtn", *, on_step: OnStep = no_progress) -> None:
+def freeze(
+    model: nn.Module,
+    algorithm: str = "rtn",
+    *,
+    data: Data | None = None,
+    tokenizer: Any = None,
+    calibration: Calibration | None = None,
+    on_step: OnStep = no_progress,
+) -> FreezeReport:
     """Replace the float weights of a live model by codes, module by module. In place.
 
     algorithm: how codes are chosen, a name of `zeropoint.algorithms.ALGORITHMS`. Tied weights stay
-    tied.
-    Raises StateError (nothing is live), UnknownNameError, NonFiniteError and ScaleRangeError naming
-    the module.
+    tied. data: for an algorithm that calibrates: texts (with tokenizer=), tensors of token ids,
+    batches as dictionaries of tensors, or "self", text the model writes itself, which is also the
+    default. calibration: how much of it is used, and how.
+
+    Raises StateError (nothing is live), UnknownNameError, RecipeError (data for an algorithm that
+    uses none), TextError (unusable data), NonFiniteError and ScaleRangeError naming the module.
     """
-    choose_codes = get_algorithm(algorithm)
+    chosen = get_algorithm(algorithm)
     modules = quantized_modules(model)
     live = {name: m for name, m in modules.items() if not m.frozen}
     if not live:
         state = "frozen already" if modules else "not quantized; call zp.quantize(model) first"
         raise StateError(f"there is nothing to freeze: the model is {state}")
+    if chosen.needs == "nothing":
+        if data is not None or calibration is not None:
+            known = [a.name for a in ALGORITHMS.values() if a.needs != "nothing"]
+            raise RecipeError(
+                f"algorithm={algorithm!r} uses no calibration data; leave data and calibration "
+                f"out, or use {' or '.join(repr(n) for n in known)}"
+            )
+        return FreezeReport(algorithm=algorithm, layers=_freeze_each(live, chosen, on_step))
+    options = calibration or Calibration()
+    layers, prepared, warnings = calibrate(
+        model,
+        chosen,
+        options,
+        lambda: prepare(model, data, tokenizer, options, on_step),
+        on_step,
+    )
+    return FreezeReport(
+        algorithm=algorithm,
+        layers=tuple(layers),
+        calibration=prepared.source,
+        tokens=prepared.tokens,
+        warnings=tuple(warnings),
+    )
+
+
+def _freeze_each(
+    live: dict[str, QModule], algorithm: Algorithm, on_step: OnStep
+) -> tuple[LayerReport, ...]:
     groups: dict[int, list[str]] = {}
     for name, module in live.items():
         groups.setdefault(id(module._parameters["weight"]), []).append(name)
+    layers = []
     for done, (name, *tied) in enumerate(groups.values()):
         on_step(name, done, len(groups))
         try:
-            qweight = choose_codes(live[name].float_weight().detach(), live[name].scheme)
+            weight = live[name].float_weight().detach()
+            choice = algorithm.choose(weight, None, live[name].scheme)
         except ZeropointError as e:
             raise type(e)(f"{name}.weight: {e}") from e
-        live[name].freeze(qweight)
+        live[name].freeze(choice.weight)
+        layers.append(LayerReport(name=name, algorithm=choice.algorithm, reason=choice.reason))
         for other in tied:  # at once: a call that stops between groups can be repeated
             live[other].freeze_tied(live[name])
+            layers.append(
+                LayerReport(name=other, algorithm=choice.algorithm, reason=f"tied to {name}")
+            )
     on_step("", len(groups), len(groups))
+    return tuple(layers)
 
 
 def dequantize(model: nn.Module) -> None:

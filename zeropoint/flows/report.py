@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,75 @@ class ModuleReport:
     elements: int
     bytes_before: int
     bytes_after: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """How the codes of one weight were found.
+
+    algorithm: the one whose codes were kept. reason: why not the one asked for, or what had to be
+    done. output_error: |(W - Q) X|^2 / |W X|^2 over its calibration inputs X, None without them.
+    hessian_gain: tr(H) / tr(D), the most that error feedback can win over rounding. damping: share
+    of mean(diag H) added to H. tokens: calibration tokens that reached it. folded_into: the module
+    that absorbed the factors of its input channels, None where nothing could.
+    """
+
+    name: str
+    algorithm: str
+    reason: str | None = None
+    output_error: float | None = None
+    hessian_gain: float | None = None
+    damping: float | None = None
+    tokens: int = 0
+    folded_into: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FreezeReport:
+    """What `zp.freeze` did: how the codes of every weight were found.
+
+    calibration: what the data was, None when the algorithm needs none. tokens: how many.
+    """
+
+    algorithm: str
+    layers: tuple[LayerReport, ...]
+    calibration: str | None = None
+    tokens: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> tuple[LayerReport, ...]:
+        """The layers with a known output error, largest first."""
+        known = [layer for layer in self.layers if layer.output_error is not None]
+        return tuple(sorted(known, key=lambda layer: -(layer.output_error or 0.0)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as the command line's JSON has it under `calibration`."""
+        return {
+            "source": self.calibration,
+            "tokens": self.tokens,
+            "warnings": list(self.warnings),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        kept = Counter(layer.algorithm for layer in self.layers)
+        lines = [
+            f"{self.algorithm}: "
+            + ", ".join(f"{count} weights by {name}" for name, count in kept.most_common())
+            + (f"; {self.tokens:,} tokens of {self.calibration}" if self.calibration else "")
+        ]
+        balanced = sum(layer.folded_into is not None for layer in self.layers)
+        if self.worst:
+            lines.append(f"  {balanced} of {len(self.worst)} balanced with the module before them")
+        for layer in self.worst[:5]:
+            lines.append(f"  {layer.name}: {layer.output_error:.2%} of the output lost")
+        for layer in self.layers:
+            if layer.reason is not None and layer.algorithm != self.algorithm:
+                lines.append(f"  {layer.name}: {layer.algorithm}, because {layer.reason}")
+        return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+    __repr__ = __str__  # what a bare call shows in a notebook
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from zeropoint.errors import NonFiniteError, RecipeError, ScaleRangeError, UnknownNameError, nearest
-from zeropoint.numerics import affine, codebook
+from zeropoint.numerics import affine
 from zeropoint.numerics.formats import FORMATS, SCALE_DTYPES, Format, get_format
 from zeropoint.numerics.granularity import Granularity, blocked, rows_and_columns, scale_shape
+from zeropoint.numerics.grid import grid_codes, grid_values
 from zeropoint.numerics.packing import pack, unpack
 
 __all__ = [
@@ -34,11 +35,15 @@ __all__ = [
     "Format",
     "QuantizationError",
     "Quantized",
+    "blocked",
     "check_finite",
+    "check_image",
     "dequantize",
     "fake_quantize",
     "get_format",
     "get_scale_dtype",
+    "grid_codes",
+    "grid_values",
     "pack",
     "quantization_error",
     "quantize",
@@ -137,20 +142,13 @@ def quantize(
         scale = affine.symmetric_scale(blocks, fmt.real_max, dtype)
     else:
         scale, zero_point = affine.asymmetric_parameters(blocks, fmt, dtype)
-    if fmt.kind == "integer":
-        codes = affine.affine_codes(blocks, scale, zero_point, fmt)
-    elif fmt.kind == "codebook":
-        codes = codebook.codebook_codes(blocks, scale, fmt)
-    else:
-        assert fmt.dtype is not None
-        normalised = blocks.float() / scale.unsqueeze(-1).float()
-        codes = normalised.clamp_(-fmt.real_max, fmt.real_max).to(fmt.dtype)
+    codes = grid_codes(blocks, scale, zero_point, fmt)
     quantized = Quantized(codes.view(values.shape), scale, zero_point)
-    _check_image(values, quantized, format)
+    check_image(values, quantized, format)
     return quantized
 
 
-def _check_image(values: Tensor, quantized: Quantized, format: str) -> None:
+def check_image(values: Tensor, quantized: Quantized, format: str) -> None:
     """Refuse a grid whose points lie beyond the dtype of the values: they would come back as
     Inf.
     """
@@ -197,11 +195,7 @@ def dequantize(
     if scale is None:
         raise RecipeError(f"scale is None, but {format} needs one: (1, 1), (N, 1) or (N, groups)")
     blocks = codes.reshape(*scale.shape, codes.numel() // max(1, scale.numel()))
-    if fmt.kind == "codebook":
-        real = codebook.codebook_values(blocks, scale, fmt)
-    else:
-        real = affine.affine_values(blocks, scale, zero_point)
-    return real.view(codes.shape)
+    return grid_values(blocks, scale, zero_point, fmt).view(codes.shape)
 
 
 def fake_quantize(

@@ -1,0 +1,317 @@
+"""GPTQ (arXiv:2210.17323) in its LDLQ form (arXiv:2307.13304): rounding errors are fed forward.
+
+minimise over codes:  tr(E H E^T),  E = W - Q,  H = sum of x x^T over the calibration inputs
+
+H = (I + U) D (I + U)^T with U strictly upper. Column k is rounded from its *target*
+w_k + sum_{i<k} e_i U_ik, so that the loss is sum_k D_k |target_k - q_k|^2. With an unbounded grid
+of step s it is expected to be s^2 / 12 tr(D), that of plain rounding s^2 / 12 tr(H).
+
+Columns go in order of falling H_kk (static act-order): grids are fixed before, from the original
+weights, so nothing has to be permuted at inference. Sweeps of coordinate descent follow, which can
+only lower the loss: every column is rounded again with all the others where they are, and scales
+are refitted to the codes by least squares in the same norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zeropoint.algorithms.choice import Choice, measured
+from zeropoint.algorithms.rtn import rtn
+from zeropoint.algorithms.search import Grid, search, search_grid
+from zeropoint.numerics import (
+    Format,
+    Quantized,
+    check_image,
+    get_scale_dtype,
+    grid_codes,
+    grid_values,
+)
+from zeropoint.numerics.affine import SCALE_FLOOR
+from zeropoint.qtensor import QTensor
+from zeropoint.scheme import Scheme
+
+BLOCK = 128  # columns between two matrix products; the result does not depend on it
+DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of mean(diag H), tried in this order
+REFIT_ELEMENTS = 1 << 24  # of the largest temporary of a refit: 64 MB
+SWEEPS = 2  # of coordinate descent, each followed by a refit of the scales
+
+
+class Pivots(NamedTuple):
+    """H + damping * mean(diag H) * I = (I + upper) diag(pivots) (I + upper)^T.
+
+    upper: (K, K) float64, strictly upper. pivots: (K,) float64 > 0.
+    """
+
+    upper: Tensor
+    pivots: Tensor
+    damping: float
+
+
+def ldl(hessian: Tensor, damping: tuple[float, ...] = DAMPING) -> Pivots | None:
+    """Factor H with the least damping of the ladder that works. hessian: (K, K) float64, symmetric.
+
+    One Cholesky in float64, of the matrix reversed in both axes. None when no step of the ladder
+    makes H positive definite, or H is not finite.
+    """
+    if not torch.isfinite(hessian).all():
+        return None
+    mean = hessian.diagonal().mean()
+    if mean <= 0:
+        return None
+    for share in damping:
+        damped = hessian + share * mean * torch.eye(len(hessian), dtype=hessian.dtype).to(hessian)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        diagonal = lower.diagonal()
+        # A pivot below this is rounding error of the factorization, not information.
+        floor = mean * torch.finfo(hessian.dtype).eps * len(hessian)
+        if int(info) == 0 and bool((diagonal.square() > floor).all()):
+            upper = (lower / diagonal).flip(0, 1)
+            return Pivots(upper.triu(1), diagonal.square().flip(0), share)
+    return None
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, *, order: bool = True, sweeps: int = SWEEPS
+) -> Choice:
+    """The codes of least output error that feedback, rounding or a searched grid finds.
+
+    weight: (N, K) float; hessian: (K, K) float, sum or mean of x x^T over calibration inputs, any
+    scale. order: columns of large H_kk first. Codes of rounding to nearest are kept where they
+    lose less, and a Hessian that cannot be factored means a searched grid; the Choice says so.
+    Raises NonFiniteError, GroupSizeError, ScaleRangeError.
+    """
+    start = rtn(weight, scheme)
+    if scheme.fmt.kind == "downcast":
+        reason = f"{scheme.format} has no grid to choose: every value has one nearest code"
+        return Choice(weight=start, algorithm="rtn", reason=reason)
+    h = hessian.detach().to(torch.float64)
+    h = (h + h.T) / 2
+    problem = _problem(h)
+    if problem is not None:
+        return Choice(weight=search(weight, scheme), algorithm="mse", reason=problem)
+    rounded = measured(Choice(weight=start, algorithm="rtn"), weight, h)
+    grid = search_grid(weight, scheme, h.diagonal(), start=start)
+    factors = ldl(_permuted(h, permutation := _order(h, order)))
+    if factors is None:
+        searched = Choice(
+            weight=_stored(_codes(weight, grid, scheme), grid, weight, scheme),
+            algorithm="mse",
+            reason="the Hessian is not positive definite, even with damping of "
+            f"{DAMPING[-1]:g} * mean(diag H)",
+        )
+        return _least(measured(searched, weight, h), rounded)
+    codes = _feedback(weight, grid, scheme, factors, permutation)
+    damped = h + factors.damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype).to(h)
+    for _ in range(sweeps):
+        grid = _refit(weight, codes, grid, scheme, damped)
+        codes = _descend(weight, codes, grid, scheme, damped, permutation)
+    found = Choice(weight=_stored(codes, grid, weight, scheme), algorithm="gptq")
+    found = replace(
+        _least(measured(found, weight, h), rounded),
+        hessian_gain=float(h.diagonal().sum() / factors.pivots.sum()),
+        damping=factors.damping,
+    )
+    if factors.damping > DAMPING[0] and found.reason is None:
+        return replace(found, reason=f"damping raised to {factors.damping:g} * mean(diag H)")
+    return found
+
+
+def choose(weight: Tensor, hessian: Tensor | None, scheme: Scheme) -> Choice:
+    """`gptq` as a row of the table; without a Hessian, a searched grid."""
+    if hessian is None:
+        return Choice(
+            weight=search(weight, scheme), algorithm="mse", reason="no calibration data reached it"
+        )
+    return gptq(weight, hessian, scheme)
+
+
+def _problem(h: Tensor) -> str | None:
+    if not torch.isfinite(h).all():
+        return "the Hessian has NaN or Inf: an activation is not finite"
+    if not bool((h.diagonal() > 0).any()):
+        return "the Hessian is zero: every calibration input is zero"
+    return None
+
+
+def _least(found: Choice, rounded: Choice) -> Choice:
+    assert found.output_error is not None and rounded.output_error is not None
+    if found.output_error <= rounded.output_error:
+        return found
+    return replace(
+        rounded,
+        reason=f"{found.algorithm} loses {found.output_error:.3g} of the output on its calibration "
+        f"inputs, rounding to nearest {rounded.output_error:.3g}",
+    )
+
+
+def _order(h: Tensor, by_diagonal: bool) -> Tensor:
+    if by_diagonal:
+        return torch.argsort(h.diagonal(), descending=True, stable=True)
+    return torch.arange(len(h), device=h.device)
+
+
+def _permuted(h: Tensor, permutation: Tensor) -> Tensor:
+    return h[permutation][:, permutation]
+
+
+class _Columns(NamedTuple):
+    """A grid spread over the columns, transposed so that one column is contiguous. (K, N) each.
+
+    Integer formats count in levels l = code - zero_point, between low and high: value = scale * l.
+    """
+
+    scale: Tensor
+    low: Tensor | None
+    high: Tensor | None
+    fmt: Format
+
+    @classmethod
+    def of(cls, grid: Grid, shape: torch.Size, permutation: Tensor, fmt: Format) -> _Columns:
+        def spread(part: Tensor) -> Tensor:
+            rows, groups = part.shape
+            full = part.float().repeat_interleave(shape[1] // groups, dim=1).expand(shape)
+            return full.T[permutation].contiguous()
+
+        scale = spread(grid.scale)
+        if fmt.kind != "integer":
+            return cls(scale, None, None, fmt)
+        zero = torch.zeros_like(scale) if grid.zero_point is None else spread(grid.zero_point)
+        return cls(scale, fmt.q_min - zero, fmt.q_max - zero, fmt)
+
+    def round(self, k: int, target: Tensor) -> Tensor:
+        """The values nearest to target on the grid of column k. target: (N,) float32, reused."""
+        scale = self.scale[k]
+        if self.low is not None and self.high is not None:
+            levels = target.div_(scale).round_()
+            return torch.clamp(levels, self.low[k], self.high[k]).mul_(scale)
+        scale = scale.unsqueeze(-1)
+        codes = grid_codes(target.view(-1, 1, 1), scale, None, self.fmt)
+        return grid_values(codes, scale, None, self.fmt).view(-1)
+
+
+def _feedback(
+    weight: Tensor, grid: Grid, scheme: Scheme, factors: Pivots, permutation: Tensor
+) -> Tensor:
+    """Round column by column, each with the errors of those before it. Returns codes (N, K)."""
+    columns = _Columns.of(grid, weight.shape, permutation, scheme.fmt)
+    w = weight.detach().float().T[permutation].contiguous()  # (K, N): a column is a row here
+    upper = factors.upper.float()
+    error = torch.zeros_like(w)
+    for a in range(0, len(w), BLOCK):
+        b = min(a + BLOCK, len(w))
+        target = torch.addmm(w[a:b], upper[:a, a:b].T, error[:a])
+        within = upper[a:b, a:b].T.contiguous()
+        for k in range(a, b):
+            t = target[k - a]
+            if k > a:
+                t = t + within[k - a, : k - a] @ error[a:k]
+            torch.sub(w[k], columns.round(k, t), out=error[k])
+    return _codes_of(w - error, grid, scheme, permutation)
+
+
+def _descend(
+    weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor, permutation: Tensor
+) -> Tensor:
+    """Round every column again with the others fixed: target_k = w_k + sum_{i!=k} e_i H_ik / H_kk.
+
+    The rounded target is the best code there is for column k, so no step raises the loss.
+    codes: (N, K); returns (N, K).
+    """
+    columns = _Columns.of(grid, weight.shape, permutation, scheme.fmt)
+    hp = _permuted(h.float(), permutation)
+    off = hp / hp.diagonal().unsqueeze(1)  # row k: H_ki / H_kk
+    off.fill_diagonal_(0.0)
+    w = weight.detach().float().T[permutation].contiguous()
+    error = w - _values(codes, grid, scheme).T[permutation]
+    for a in range(0, len(w), BLOCK):
+        b = min(a + BLOCK, len(w))
+        target = torch.addmm(w[a:b], off[a:b], error)
+        before = error[a:b].clone()
+        for k in range(a, b):
+            t = target[k - a]
+            if k > a:  # those of this block that moved since the product
+                t = t + off[k, a:k] @ (error[a:k] - before[: k - a])
+            torch.sub(w[k], columns.round(k, t), out=error[k])
+    return _codes_of(w - error, grid, scheme, permutation)
+
+
+def _codes_of(image: Tensor, grid: Grid, scheme: Scheme, permutation: Tensor) -> Tensor:
+    """Codes of values that lie on the grid up to rounding of float32. image: (K, N), permuted."""
+    restored = torch.empty_like(image)
+    restored[permutation] = image
+    return _codes(restored.T.contiguous(), grid, scheme)
+
+
+def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor) -> Grid:
+    """Scales of least output error for these codes: per row, (C^T H C) s = C^T H w.
+
+    C: (K, G) holds the levels q - z of a row, each in the column of its group. Kept per row only
+    where the scales, rounded to their stored dtype, do lower the loss. Per tensor: unchanged.
+    """
+    rows, groups = grid.scale.shape
+    n, k = weight.shape
+    if rows != n:
+        return grid
+    w = weight.detach().float()
+    levels = _values(codes, Grid(torch.ones_like(grid.scale), grid.zero_point), scheme)
+    at_once = max(1, REFIT_ELEMENTS // (groups * k))
+    parts = [
+        _solved(w_part, levels_part, scale, h.float(), get_scale_dtype(scheme.scale_dtype))
+        for w_part, levels_part, scale in zip(
+            w.split(at_once), levels.split(at_once), grid.scale.split(at_once), strict=True
+        )
+    ]
+    return Grid(torch.cat(parts), grid.zero_point)
+
+
+def _solved(w: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The refitted scales of some rows. w, levels: (n, K); scale: (n, G), returned where better."""
+    n, groups = scale.shape
+    width = w.shape[1] // groups
+    products = torch.empty(n, groups, w.shape[1], device=w.device)
+    blocks = levels.view(n, groups, width)
+    for g in range(groups):  # C^T H, one group of rows of H at a time
+        products[:, g] = blocks[:, g] @ h[g * width : (g + 1) * width]
+    right = (products * w.unsqueeze(1)).sum(-1).double()
+    left = torch.empty(n, groups, groups, device=w.device)
+    for g in range(groups):
+        part = products[:, :, g * width : (g + 1) * width]
+        left[:, :, g] = (part @ blocks[:, g].unsqueeze(-1)).squeeze(-1)
+    system = left.double()
+    mean = system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
+    old = scale.double()
+    # Tikhonov towards the old scales: a group whose codes are all zero says nothing about its own.
+    ridge = 1e-6 * mean[:, None]
+    system = system + torch.diag_embed(ridge.expand(n, groups))
+    solved, info = torch.linalg.solve_ex(system, (right + ridge * old).unsqueeze(-1))
+    new = solved.squeeze(-1)
+    floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
+    usable = torch.isfinite(new) & (new > floor) & (new < limit) & (info == 0)[:, None]
+    stored = torch.where(usable, new, old).to(dtype)
+
+    def loss(scales: Tensor) -> Tensor:
+        error = w - (blocks * scales.float().unsqueeze(-1)).view(w.shape)
+        return ((error @ h) * error).sum(-1)
+
+    return torch.where((loss(stored) < loss(scale))[:, None], stored, scale)
+
+
+def _codes(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    blocks = weight.detach().reshape(*grid.scale.shape, -1)
+    return grid_codes(blocks, grid.scale, grid.zero_point, scheme.fmt).view(weight.shape)
+
+
+def _values(codes: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    blocks = codes.reshape(*grid.scale.shape, -1)
+    return grid_values(blocks, grid.scale, grid.zero_point, scheme.fmt).view(codes.shape)
+
+
+def _stored(codes: Tensor, grid: Grid, weight: Tensor, scheme: Scheme) -> QTensor:
+    quantized = Quantized(codes, grid.scale, grid.zero_point)
+    check_image(weight, quantized, scheme.format)
+    return QTensor.from_codes(quantized, scheme, weight.dtype)

@@ -1,0 +1,434 @@
+"""Calibrated post-training quantization: layer by layer, each seeing what the layers before it,
+quantized already, make of the calibration data.
+
+    embeddings -> block 1 -> block 2 ... -> what is in no block
+
+Inside a block the layers go in the order in which they run; those that read one tensor share its
+Hessian. A forward pass ends where the layer of interest begins, so this costs little more than one
+pass. In memory at any time: one block, the hidden states between two blocks, one Hessian (a copy
+of the block and a second stream of hidden states when errors are propagated).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeropoint.algorithms import Algorithm
+from zeropoint.algorithms.choice import Choice, measured
+from zeropoint.algorithms.fold import helps, propagated
+from zeropoint.algorithms.search import search
+from zeropoint.errors import ZeropointError
+from zeropoint.flows.balance import balance_block, one_example
+from zeropoint.flows.data import Calibration, Prepared
+from zeropoint.flows.report import LayerReport
+from zeropoint.model import capture, graph
+from zeropoint.model.capture import Stream, tokens_of
+from zeropoint.model.replace import replace_module
+from zeropoint.model.walk import named_modules
+from zeropoint.nn import QModule
+from zeropoint.observers import CrossObserver, HessianObserver
+from zeropoint.progress import OnStep
+from zeropoint.qtensor import QTensor
+
+
+@dataclass
+class _Work:
+    """The model while it is being quantized: its live modules swapped for float ones.
+
+    live: float stand-in -> the live module and its names. tie: stand-ins of one number share a
+    weight. layers: what was done so far. chosen: by number, the module that holds the codes.
+    shared: ids of parameters that several modules use.
+    """
+
+    model: nn.Module
+    algorithm: Algorithm
+    options: Calibration
+    prepared: Prepared
+    on_step: OnStep
+    live: dict[nn.Module, tuple[QModule, tuple[str, ...]]] = field(default_factory=dict)
+    tie: dict[nn.Module, int] = field(default_factory=dict)
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    chosen: dict[int, tuple[QModule, QTensor]] = field(default_factory=dict)
+    shared: set[int] = field(default_factory=set)
+    warnings: list[str] = field(default_factory=list)
+
+    def report(self, module: nn.Module, choice: Choice, tokens: int, folded: str | None) -> None:
+        name = self.live[module][1][0]
+        self.layers[name] = LayerReport(
+            name=name,
+            algorithm=choice.algorithm,
+            reason=choice.reason,
+            output_error=choice.output_error,
+            hessian_gain=choice.hessian_gain,
+            damping=choice.damping,
+            tokens=tokens,
+            folded_into=folded,
+        )
+        self.on_step(name, len(self.layers), len(self.live))
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    algorithm: Algorithm,
+    options: Calibration,
+    prepare: Callable[[], Prepared],
+    on_step: OnStep,
+) -> tuple[list[LayerReport], Prepared, list[str]]:
+    """Freeze all live modules of a model by an algorithm that needs Hessians. In place.
+
+    prepare: makes the batches; called when the model computes with its float weights. A call that
+    fails leaves frozen what is frozen and live what is not, with the weights it had.
+    Returns a report for each live module, the data used, and warnings.
+    """
+    training = [(m, m.training) for m in model.modules()]
+    model.eval()
+    work = _Work(model, algorithm, options, Prepared(batches=[], tokens=0, source=""), on_step)
+    try:
+        _swap_in_floats(work)
+        work.prepared = prepare()
+        work.warnings += work.prepared.warnings
+        _embeddings(work)
+        wanted = {m for m in work.live if work.tie[m] not in work.chosen}
+        for name, names in capture.chains(model, wanted).items():
+            blocks = [model.get_submodule(n) for n in names]
+            stream = capture.enter(model, blocks, work.prepared.batches)
+            if isinstance(stream, str):
+                work.warnings.append(f"{name} is not run block by block: {stream}")
+            else:
+                _chain(work, blocks, stream)
+        _rest(work)
+    finally:
+        for live, own_names in work.live.values():
+            if not live.frozen:
+                replace_module(model, own_names, live)
+        for module, was_training in training:
+            module.training = was_training
+    return list(work.layers.values()), work.prepared, work.warnings
+
+
+def _swap_in_floats(work: _Work) -> None:
+    numbers: dict[int, int] = {}
+    for module, names in named_modules(work.model).items():
+        if isinstance(module, QModule) and not module.frozen:
+            stand_in = module.to_float()
+            work.live[stand_in] = (module, names)
+            parameter = id(module._parameters["weight"])
+            work.tie[stand_in] = numbers.setdefault(parameter, len(numbers))
+            replace_module(work.model, names, stand_in)
+    users = Counter(
+        id(p) for m in work.model.modules() for p in m._parameters.values() if p is not None
+    )
+    work.shared = {parameter for parameter, count in users.items() if count > 1}
+
+
+def _install(work: _Work, module: nn.Module) -> None:
+    """Put the live module back in the place of its stand-in, frozen with the codes chosen."""
+    live, names = work.live[module]
+    owner, qweight = work.chosen[work.tie[module]]
+    if owner.frozen:
+        live.freeze_tied(owner)
+    else:
+        live.freeze(qweight)
+    replace_module(work.model, names, live)
+
+
+def _choose(
+    work: _Work, modules: list[nn.Module], weights: list[Tensor], hessian: Tensor | None
+) -> list[Choice]:
+    """One choice for each module. Several of one scheme are chosen as one weight of all their rows:
+    rows do not know of each other, and a column of 3072 rows costs little more than one of 192.
+    """
+    scheme = work.live[modules[0]][0].scheme
+    name = " + ".join(f"{work.live[m][1][0]}.weight" for m in modules)
+    try:
+        choice = work.algorithm.choose(torch.cat(weights), hessian, scheme)
+    except ZeropointError as e:
+        raise type(e)(f"{name}: {e}") from e
+    if len(modules) == 1:
+        return [choice]
+    choices = []
+    for rows, weight in zip(
+        torch.arange(choice.weight.shape[0]).split([len(w) for w in weights]),
+        weights,
+        strict=True,
+    ):
+        part = replace(choice, weight=choice.weight.rows(rows.to(weight.device)))
+        choices.append(part if hessian is None else measured(part, weight, hessian))
+    return choices
+
+
+def _alike(work: _Work, modules: list[nn.Module]) -> list[list[nn.Module]]:
+    """Modules whose weights can be chosen together: of one scheme with scales for each row."""
+    groups: dict[Any, list[nn.Module]] = {}
+    for module in modules:
+        live = work.live[module][0]
+        together = live.scheme.granularity != "tensor" and live.scheme.fmt.kind != "downcast"
+        groups.setdefault((live.scheme, None if together else module), []).append(module)
+    return list(groups.values())
+
+
+def _embeddings(work: _Work) -> None:
+    """Embeddings, and heads tied to them: no inputs to weigh columns by, so their grids are
+    searched.
+    """
+    for module, (live, names) in work.live.items():
+        if live.role != "embedding":
+            continue
+        number = work.tie[module]
+        reason = "tied to another embedding"
+        if number not in work.chosen:
+            try:
+                qweight = search(live.float_weight().detach(), live.scheme)
+            except ZeropointError as e:
+                raise type(e)(f"{names[0]}.weight: {e}") from e
+            work.chosen[number] = (live, qweight)
+            reason = "an embedding is looked up, not multiplied: no inputs to calibrate by"
+        choice = Choice(weight=work.chosen[number][1], algorithm="mse", reason=reason)
+        work.report(module, choice, 0, None)
+        _install(work, module)
+    for module, (live, _) in work.live.items():
+        if live.role != "embedding" and not _pending(work, module):
+            choice = Choice(
+                weight=work.chosen[work.tie[module]][1],
+                algorithm="mse",
+                reason="tied to an embedding, which is looked up, not multiplied",
+            )
+            work.report(module, choice, 0, None)
+            _install(work, module)
+
+
+# --- block by block ---
+
+
+def _chain(work: _Work, blocks: list[nn.Module], stream: Stream) -> None:
+    dtypes = {p.dtype for b in blocks for p in b.parameters() if p.is_floating_point()}
+    narrow = dtypes - {torch.float32}
+    if narrow:
+        _widen(stream)
+    original: Stream | None = None
+    if work.options.propagate:
+        original = Stream(list(stream.hidden), stream.calls, stream.keep)
+    folds: list[graph.Fold] = []
+    busy = [any(m in work.live and _pending(work, m) for m in b.modules()) for b in blocks]
+    while busy and not busy[-1]:
+        busy.pop()  # nothing behind the last layer to quantize needs to run
+    for index, block in enumerate(blocks[: len(busy)]):
+        kept = {k: t.dtype for k, t in (*block.named_parameters(), *block.named_buffers())}
+        block.float()
+        try:
+            if busy[index]:
+                folds = _block(work, block, index, stream, original, folds, kept)
+            else:
+                _pass(block, index, stream, original)
+        finally:
+            _narrow(block, kept)
+
+
+def _block(
+    work: _Work,
+    block: nn.Module,
+    index: int,
+    stream: Stream,
+    original: Stream | None,
+    known: list[graph.Fold],
+    dtypes: dict[str, torch.dtype],
+) -> list[graph.Fold]:
+    """Quantize one block and move the stream behind it. In place.
+
+    known: edges of the block before. Returns this one's.
+    """
+    names = {m: n for n, m in block.named_modules()}
+    for module in block.modules():
+        if module in work.live and not _pending(work, module):  # tied to an earlier layer
+            _use_image(module, work.chosen[work.tie[module]][1])
+    example = stream.hidden[0][:1]
+    groups = capture.sharing(block, lambda: one_example(stream, index).run(block, example))
+    targets = [m for g in groups for m in g if m in work.live and _pending(work, m)]
+    folds = []
+    if work.options.fold:
+        folds = balance_block(
+            block,
+            index,
+            stream,
+            groups,
+            known,
+            dtypes,
+            may_change=partial(_may_change, work),
+            helped=lambda m: helps(work.live[m][0].scheme.fmt),
+            seed=work.options.seed,
+        )
+    folded = {c: f.producer for f in folds for c in f.consumers}
+    reference = copy.deepcopy(block) if original is not None else None
+    for group in groups:
+        mine = [m for m in group if m in targets]
+        if not mine:
+            continue
+        hessian, cross, tokens = _statistics(
+            group[0], names[group[0]], index, block, reference, stream, original
+        )
+        for alike in _alike(work, mine):
+            weights = [work.live[m][0].float_weight().detach().float() for m in alike]
+            if cross is not None and hessian is not None:
+                share = work.options.propagate
+                weights = [propagated(w, hessian, cross, share) for w in weights]
+            choices = _choose(work, alike, weights, hessian)
+            for module, choice in zip(alike, choices, strict=True):
+                dtype = dtypes[f"{names[module]}.weight"]
+                choice = replace(choice, weight=replace(choice.weight, dtype=dtype))
+                work.chosen[work.tie[module]] = (work.live[module][0], choice.weight)
+                _use_image(module, choice.weight)
+                work.report(module, choice, tokens, folded.get(names[module]))
+    capture.advance(stream, index, block)
+    if original is not None and reference is not None:
+        capture.advance(original, index, reference)
+    for module in block.modules():
+        if module in work.live:
+            _report_tied(work, module)
+            _install(work, module)
+    return folds
+
+
+def _pass(block: nn.Module, index: int, stream: Stream, original: Stream | None) -> None:
+    """Move the streams behind a block in which nothing is to be done."""
+    for one in (stream, original):
+        if one is not None:
+            capture.advance(one, index, block)
+
+
+def _may_change(work: _Work, module: nn.Module) -> bool:
+    """Only what will be quantized anyway changes, and nothing that is also used elsewhere."""
+    known = (module in work.live and _pending(work, module)) or graph.is_norm(module)
+    return known and not any(id(p) in work.shared for p in module.parameters(recurse=False))
+
+
+def _pending(work: _Work, module: nn.Module) -> bool:
+    return work.tie[module] not in work.chosen
+
+
+def _use_image(module: nn.Module, qweight: QTensor) -> None:
+    """Let a float stand-in compute with the quantized weight; the live module keeps its own."""
+    image = qweight.dequantize(torch.float32)
+    weight: Any = module.weight
+    layout = image if graph.matrix(module) is weight else image.t().contiguous()
+    module.weight = nn.Parameter(layout, requires_grad=False)
+
+
+def _statistics(
+    module: nn.Module,
+    name: str,
+    index: int,
+    block: nn.Module,
+    reference: nn.Module | None,
+    stream: Stream,
+    original: Stream | None,
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Hessian of the layer's inputs, their drift from the original model's, and their number.
+
+    None where no token reached the layer.
+    """
+    columns = graph.matrix(module).shape[1]
+    device = graph.matrix(module).device
+    observer = HessianObserver(columns, device)
+    cross = CrossObserver(columns, device) if original is not None else None
+    for i in range(len(stream.hidden)):
+        x = capture.input_of(module, partial(stream.run, i, index, block))
+        if x is None:
+            continue
+        keep = stream.keep[i]
+        observer.update(tokens_of(x, keep))
+        if cross is not None and original is not None and reference is not None:
+            twin = reference.get_submodule(name)
+            y = capture.input_of(twin, partial(original.run, i, index, reference))
+            if y is not None and y.shape == x.shape:
+                cross.update(tokens_of(y, keep), tokens_of(x, keep))
+    hessian, tokens = observer.result()
+    if tokens == 0:
+        return None, None, 0
+    return hessian, None if cross is None else cross.result(), tokens
+
+
+def _widen(stream: Stream) -> None:
+    """Hidden states and masks of 16 bits as float32. In place."""
+
+    def widened(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.float()
+        if isinstance(value, tuple):
+            return tuple(widened(v) for v in value)
+        return value
+
+    stream.hidden[:] = [h.float() for h in stream.hidden]
+    cache: dict[int, capture.Call] = {}
+    for calls in stream.calls:
+        for i, call in enumerate(calls):
+            if id(call) not in cache:
+                args = tuple(widened(a) for a in call.args)
+                cache[id(call)] = capture.Call(
+                    args, {k: widened(v) for k, v in call.kwargs.items()}
+                )
+            calls[i] = cache[id(call)]
+
+
+def _narrow(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Give parameters and buffers of the block the dtype they had. In place."""
+    for module_name, module in block.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            want = dtypes.get(prefix + name)
+            if (
+                tensor is None
+                or want is None
+                or isinstance(module, QModule)
+                and name in module._buffers
+            ):
+                continue
+            if tensor.dtype != want:
+                tensor.data = tensor.data.to(want)
+
+
+# --- what is in no block ---
+
+
+def _rest(work: _Work) -> None:
+    """Modules outside all chains, calibrated by hooks on the whole model, all in one pass."""
+    left = [m for m, (live, _) in work.live.items() if not live.frozen]
+    linears = [m for m in left if _pending(work, m)]
+    observers = {
+        m: HessianObserver(graph.matrix(m).shape[1], graph.matrix(m).device) for m in linears
+    }
+    if linears:
+        capture.observe(
+            work.model, linears, work.prepared.batches, lambda m, x: observers[m].update(x)
+        )
+    for module in linears:
+        hessian, tokens = observers.pop(module).result()
+        live, _ = work.live[module]
+        if _pending(work, module):
+            weight = live.float_weight().detach()
+            (choice,) = _choose(work, [module], [weight], hessian if tokens else None)
+            work.chosen[work.tie[module]] = (live, choice.weight)
+            work.report(module, choice, tokens, None)
+    for module in left:
+        _report_tied(work, module)
+        _install(work, module)
+
+
+def _report_tied(work: _Work, module: nn.Module) -> None:
+    """A layer whose codes were chosen for another that it shares its weight with."""
+    name = work.live[module][1][0]
+    if name in work.layers:
+        return
+    owner, qweight = work.chosen[work.tie[module]]
+    owner_name = next(names[0] for live, names in work.live.values() if live is owner)
+    found = work.layers[owner_name].algorithm
+    choice = Choice(weight=qweight, algorithm=found, reason=f"tied to {owner_name}")
+    work.report(module, choice, 0, None)

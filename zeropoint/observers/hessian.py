@@ -1,0 +1,33 @@
+"""Second moments of a layer's inputs, all that a layer-wise least-squares problem needs to know."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Hessian(NamedTuple):
+    """matrix: (K, K) float64, the mean of x x^T over `tokens` inputs (0 when there were none)."""
+
+    matrix: Tensor
+    tokens: int
+
+
+class HessianObserver:
+    """H = 1/T sum_t x_t x_t^T. Products in float32, their sums in float64."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(columns, columns, dtype=torch.float64, device=device)
+        self._tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        """x: (T, K) float, padding left out already."""
+        wide = x.detach().float()
+        self._sum += wide.T @ wide
+        self._tokens += len(x)
+
+    def result(self) -> Hessian:
+        """The mean so far."""
+        return Hessian(self._sum / max(1, self._tokens), self._tokens)
