@@ -301,6 +301,7 @@ void dot_codebook(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale
     for (int r = 0; r < MR; r++) total[r] = zero();
     for (int64_t c = 0; c < chunks; c++) {
       __m512i words = _mm512_maskz_loadu_epi8(first(j.row_bytes - 64 * c), p + 64 * c);
+      __builtin_prefetch(p + 64 * c + AHEAD);
       F part[MR];
       for (int r = 0; r < MR; r++) part[r] = zero();
       unroll<8>([&](auto i) INLINE {

@@ -225,6 +225,8 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
   }
 }
 
+static constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are used, across pages and rows
+
 // --- dot: few tokens, every weight used as soon as it is unpacked ---
 
 struct Token {  // of a prepared integer job
@@ -348,6 +350,7 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
     const uint8_t* p = j.packed + n * j.row_bytes;
     const Integer::Lanes<BITS> lanes(j.block);
     for (int64_t c = 0; c < chunks - 1; c++) {
+      __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
       auto codes = Integer::codes<BITS>(p + c * CHUNK_BYTES);
       unroll<MR>([&](auto r) INLINE {
         total[r] = fma(Integer::mac<BITS, P>(codes, t[r].q + c * Integer::BYTES<BITS, P>), lanes.scales(factor[r], c),
