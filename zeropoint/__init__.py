@@ -22,6 +22,7 @@ __all__ = [
     "Report",
     "Rule",
     "Scheme",
+    "ZeropointConfig",
     "ZeropointError",
     "__version__",
     "compare",
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
-    from zeropoint.model.load import load
+    from zeropoint.integrations.load import load
+    from zeropoint.integrations.transformers import ZeropointConfig
     from zeropoint.model.save import save
     from zeropoint.numerics import formats
     from zeropoint.qtensor import QTensor
@@ -60,12 +62,13 @@ _HOMES = {
     "Report": "zeropoint.flows.report",
     "Rule": "zeropoint.scheme",
     "Scheme": "zeropoint.scheme",
+    "ZeropointConfig": "zeropoint.integrations.transformers",
     "ZeropointError": "zeropoint.errors",
     "compare": "zeropoint.evaluate.compare",
     "dequantize": "zeropoint.flows.ptq",
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",
-    "load": "zeropoint.model.load",
+    "load": "zeropoint.integrations.load",
     "quantize": "zeropoint.flows.ptq",
     "save": "zeropoint.model.save",
     "verify": "zeropoint.checkpoints.native",

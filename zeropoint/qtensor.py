@@ -214,6 +214,22 @@ def part_specs(
     return specs
 
 
+def empty(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> QTensor:
+    """A weight on the meta device: the shapes and dtypes of its parts, without values."""
+    parts = {
+        suffix: torch.empty(part_shape, dtype=part_dtype, device="meta")
+        for suffix, (part_shape, part_dtype) in part_specs(shape, scheme).items()
+    }
+    return QTensor(
+        packed=parts[""],
+        scale=parts.get("_scale"),
+        zero_point=parts.get("_zero_point"),
+        scheme=scheme,
+        shape=torch.Size(shape),
+        dtype=dtype,
+    )
+
+
 def check_parts(name: str, parts: dict[str, Tensor], shape: Sequence[int], scheme: Scheme) -> None:
     """Raises CheckpointError when a part is missing, extra, or not of the shape and dtype it must
     have.

@@ -32,7 +32,7 @@ from torch import Tensor
 from zeropoint.checkpoints.atomic import replace_directory
 from zeropoint.errors import CheckpointError, ZeropointError
 from zeropoint.progress import OnStep, no_progress
-from zeropoint.qtensor import QTensor, check_parts
+from zeropoint.qtensor import QTensor, check_parts, empty, part_specs
 from zeropoint.scheme import Recipe, Scheme
 
 FORMAT_VERSION = 1
@@ -327,6 +327,15 @@ def read_header(files: Sequence[Path]) -> dict[str, Any]:
     return _parsed(file, manifest, ("files", "hashes"))
 
 
+def empty_weights(manifest: Mapping[str, Any]) -> dict[str, QTensor]:
+    """The quantized weights of a manifest on the meta device. Raises CheckpointError."""
+    weights = {}
+    for name, row in manifest["weights"].items():
+        scheme, shape, dtype = _weight_row(name, row)
+        weights[name] = empty(shape, scheme, dtype)
+    return weights
+
+
 def _parsed(path: Path, manifest: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:
     """The manifest after its checks; what is optional is empty where it is not there."""
     version = manifest.get("format_version")
@@ -376,17 +385,8 @@ def _read_tensors(path: Path, files: list[str]) -> dict[str, Tensor]:
 def _qtensor(name: str, row: Any, stored: dict[str, Tensor]) -> QTensor:
     """Take a weight's parts out of `stored`."""
     parts = {s: stored.pop(name + s) for s in _SUFFIXES if name + s in stored}
-    try:
-        scheme = Scheme(**row["scheme"])
-        shape = torch.Size(row["shape"])
-        dtype = getattr(torch, row["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{row['dtype']!r} is not a dtype")
-        check_parts(name, parts, shape, scheme)
-    except CheckpointError:
-        raise
-    except (ZeropointError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{name}: its manifest entry makes no sense: {e}") from e
+    scheme, shape, dtype = _weight_row(name, row)
+    check_parts(name, parts, shape, scheme)
     return QTensor(
         packed=parts[""],
         scale=parts.get("_scale"),
@@ -395,6 +395,20 @@ def _qtensor(name: str, row: Any, stored: dict[str, Tensor]) -> QTensor:
         shape=shape,
         dtype=dtype,
     )
+
+
+def _weight_row(name: str, row: Any) -> tuple[Scheme, torch.Size, torch.dtype]:
+    """Scheme, shape and dtype of a weight, after checking that they can be one."""
+    try:
+        scheme = Scheme(**row["scheme"])
+        shape = torch.Size(row["shape"])
+        dtype = getattr(torch, row["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{row['dtype']!r} is not a dtype")
+        part_specs(shape, scheme)
+    except (ZeropointError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{name}: its manifest entry makes no sense: {e}") from e
+    return scheme, shape, dtype
 
 
 def _tensor(name: str, row: Any, stored: dict[str, Tensor]) -> Tensor:

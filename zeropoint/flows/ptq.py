@@ -10,7 +10,7 @@ the model as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -87,36 +87,65 @@ def quantize(
     CoverageError, NonFiniteError, RecipeError, UnknownNameError. The model is unchanged when it
     raises.
     """
-    if is_quantized(model):
-        raise StateError("the model is quantized already; call zp.dequantize(model) first")
-    sites = weight_sites(model)
-    for site in sites:
-        if next(site.module.parameters()).device.type == "meta":
-            raise StateError(
-                f"{site.name} is on the meta device, without values; load the weights first"
-            )
-    options: dict[str, Any] = {
+    options = {
         "weights": weights,
         "group_size": group_size,
         "symmetric": symmetric,
         "double_quant": double_quant,
         "activations": activations,
         "outlier_threshold": outlier_threshold,
-        "compute_dtype": None if compute_dtype is None else _dtype_name(compute_dtype),
+        "compute_dtype": None if compute_dtype is None else dtype_name(compute_dtype),
         "include": include,
         "exclude": exclude,
     }
+    plan = planned(model, options, recipe=recipe, strict=strict)
+    for site in plan.schemes:
+        try:
+            for parameter in site.module.parameters(recurse=False):
+                if parameter.device.type == "meta":
+                    raise StateError("on the meta device, without values; load the weights first")
+                if parameter.dim() >= 2:
+                    check_finite(parameter)
+        except ZeropointError as e:
+            raise type(e)(f"{site.name}.weight: {e}") from e
+    for site, scheme in plan.schemes.items():
+        quantized = quantized_type(site.module)
+        assert quantized is not None
+        replace_module(model, site.names, quantized.from_float(site.module, scheme))
+    remember_recipe(model, plan.report.recipe)
+    return plan.report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What `quantize` would do. schemes: of the modules to quantize; report: of all of them."""
+
+    schemes: dict[Site, Scheme]
+    report: Report
+
+
+def planned(
+    model: nn.Module,
+    options: Mapping[str, Any],
+    *,
+    recipe: Recipe | None = None,
+    strict: bool = True,
+) -> Planned:
+    """What `quantize` would do to the model, which may be on the meta device. Changes nothing.
+
+    options: arguments of `quantize` from `weights` to `exclude`; None is as good as left out.
+    Raises what `quantize` raises, but for errors about values.
+    """
+    if is_quantized(model):
+        raise StateError("the model is quantized already; call zp.dequantize(model) first")
+    sites = weight_sites(model)
     given = {name: value for name, value in options.items() if value is not None}
-    if recipe is None:
-        recipe = _recipe(
-            Scheme.of(given.pop("weights", "int8"), **_without(given, "include", "exclude")),
-            _patterns(include),
-            _patterns(exclude),
-            model,
-            sites,
-        )
-    elif given:
+    if recipe is not None and given:
         raise RecipeError(f"give either a recipe, or {' / '.join(options)}; not {', '.join(given)}")
+    if recipe is None:
+        include, exclude = given.pop("include", None), given.pop("exclude", None)
+        linear = Scheme.of(given.pop("weights", "int8"), **given)
+        recipe = _recipe(linear, _patterns(include), _patterns(exclude), model, sites)
     plan = _plan(model, sites, recipe)
     root = next((s for s in plan.schemes if s.module is model), None)
     if root is not None:
@@ -128,20 +157,8 @@ def quantize(
     ]
     if strict and warnings:
         raise warnings[0]
-    for site in plan.schemes:
-        try:
-            for parameter in site.module.parameters(recurse=False):
-                if parameter.dim() >= 2:
-                    check_finite(parameter)
-        except ZeropointError as e:
-            raise type(e)(f"{site.name}.weight: {e}") from e
     report = _report(model, sites, plan, recipe, tuple(str(w) for w in warnings))
-    for site, scheme in plan.schemes.items():
-        quantized = quantized_type(site.module)
-        assert quantized is not None
-        replace_module(model, site.names, quantized.from_float(site.module, scheme))
-    remember_recipe(model, recipe)
-    return report
+    return Planned(schemes=plan.schemes, report=report)
 
 
 def freeze(
@@ -250,11 +267,8 @@ def _patterns(value: Patterns) -> tuple[str, ...] | None:
     return patterns
 
 
-def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in names}
-
-
-def _dtype_name(dtype: str | torch.dtype) -> str:
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """ "bfloat16" of torch.bfloat16; names as they are."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, SourceError, UnknownNameError, nearest
+from zeropoint.model.gguf import lazy_state_dict
 from zeropoint.model.replace import replace_module
 from zeropoint.model.save import remember_recipe
 from zeropoint.model.source import Source, resolve
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QModule, quantized_type
+from zeropoint.qtensor import QTensor
 
 # The pipeline task names of transformers, and the class that serves each.
 TASKS = {
@@ -64,8 +67,8 @@ def load(
             "model= is for zeropoint checkpoints; a float checkpoint loads into its own class"
         )
     else:
-        loaded = _load_float(found, torch_dtype, device_map, task)
-    return loaded.eval(), _load_tokenizer(found)
+        loaded = load_float(found, torch_dtype, device_map, task)
+    return loaded.eval(), load_tokenizer(found)
 
 
 def float_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -96,21 +99,59 @@ def _device(device_map: Any) -> Any:
 # --- float checkpoints ---
 
 
-def _load_float(
-    found: Source, dtype: torch.dtype | None, device_map: Any, task: str | None
+def load_float(
+    found: Source,
+    dtype: torch.dtype | None,
+    device_map: Any,
+    task: str | None,
+    **how: Any,
 ) -> nn.Module:
+    """The model of a float checkpoint. how: more arguments of transformers' `from_pretrained`; they
+    are not passed on for a .gguf file that has to be read as a whole. Raises SourceError.
+    """
     from transformers import AutoConfig
 
     where, options = _location(found)
     try:
         config = AutoConfig.from_pretrained(where, **options)
         kind = _model_class(config, task)
-        loaded = kind.from_pretrained(
-            where, config=config, dtype=dtype or "auto", device_map=device_map, **options
+        if found.kind == "gguf":
+            return _load_gguf(Path(found.location), kind, config, dtype, device_map, **how)
+        loaded: nn.Module = kind.from_pretrained(
+            where, config=config, dtype=dtype or "auto", device_map=device_map, **how
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise SourceError(f"{found.location!r} cannot be loaded: {e}") from e
-    return _plain(loaded) if found.kind == "gguf" else loaded
+    return loaded
+
+
+def _load_gguf(
+    file: Path, kind: Any, config: Any, dtype: torch.dtype | None, device_map: Any, **how: Any
+) -> nn.Module:
+    """Weight by weight where that is possible, else as transformers does it."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        skeleton = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    state = lazy_state_dict(file, skeleton, config)
+    if state is None:
+        loaded = kind.from_pretrained(
+            str(file.parent),
+            gguf_file=file.name,
+            config=config,
+            dtype=dtype or "auto",
+            device_map=device_map,
+        )
+        return _plain(loaded)
+    streamed: nn.Module = type(skeleton).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype or torch.float32,
+        device_map=device_map,
+        **how,
+    )
+    return streamed
 
 
 def _location(found: Source) -> tuple[str, dict[str, Any]]:
@@ -162,7 +203,7 @@ def _plain(loaded: Any) -> nn.Module:
     return module
 
 
-def _load_tokenizer(found: Source) -> Any:
+def load_tokenizer(found: Source) -> Any:
     from transformers import AutoTokenizer
 
     where, options = _location(found)
@@ -188,25 +229,36 @@ def _load_native(path: Path, task: str | None, model: nn.Module | None) -> nn.Mo
     """
     contents = native.read(path)
     skeleton = _skeleton(path, contents.config, task) if model is None else model
-    modules = {name: m for m, names in named_modules(skeleton).items() for name in names}
-    names_of = named_modules(skeleton)
+    install(path, skeleton, contents.qweights, contents.tied)
+    _fill(path, skeleton, contents)
+    remember_recipe(skeleton, contents.recipe)
+    return skeleton
+
+
+def install(
+    path: Path, model: nn.Module, qweights: Mapping[str, QTensor], tied: Mapping[str, str]
+) -> None:
+    """Put frozen modules in the places of float ones. In place.
+
+    path: of the checkpoint, for messages. qweights: by their full names. tied: other name -> name
+    that holds the weight; names of other tensors are passed over. Raises CheckpointError.
+    """
+    names_of = named_modules(model)
+    modules = {name: m for m, names in names_of.items() for name in names}
     frozen: dict[str, QModule] = {}
-    for weight_name, qweight in contents.qweights.items():
+    for weight_name, qweight in qweights.items():
         name = weight_name.removesuffix(".weight")
         new = _quantized(path, name, modules.get(name), qweight.scheme, tuple(qweight.shape))
         new.freeze(qweight)
         frozen[name] = new
-        replace_module(skeleton, names_of[modules[name]], new)
-    for alias, owner in contents.tied.items():
+        replace_module(model, names_of[modules[name]], new)
+    for alias, owner in tied.items():
         name, owner_name = alias.removesuffix(".weight"), owner.removesuffix(".weight")
         if owner_name in frozen and name not in names_of[modules[owner_name]]:
             source = frozen[owner_name]
             new = _quantized(path, name, modules.get(name), source.scheme, source.shape)
             new.freeze_tied(source)
-            replace_module(skeleton, names_of[modules[name]], new)
-    _fill(path, skeleton, contents)
-    remember_recipe(skeleton, contents.recipe)
-    return skeleton
+            replace_module(model, names_of[modules[name]], new)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zeropoint.checkpoints import native
 from zeropoint.errors import StateError
+from zeropoint.model.frameworks import FRAMEWORKS
 from zeropoint.model.walk import named_modules, quantized_modules
 from zeropoint.nn import PART_NAMES, QModule
 from zeropoint.qtensor import QTensor
@@ -19,11 +20,16 @@ _RECIPE = "_zeropoint_recipe"
 
 
 def remember_recipe(model: nn.Module, recipe: Recipe | None) -> None:
-    """Keep the recipe on the model (None forgets it), so that `save` can write it. In place."""
+    """Keep the recipe on the model (None forgets it), so that it can be saved. In place."""
     if recipe is not None:
         setattr(model, _RECIPE, recipe)
     elif hasattr(model, _RECIPE):
         delattr(model, _RECIPE)
+    for framework in FRAMEWORKS:
+        if recipe is not None:
+            framework.adopt(model, recipe)
+        else:
+            framework.release(model)
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -47,16 +53,7 @@ def save(
     refused.
     Raises StateError (not frozen), CheckpointError (exists, read-only, no space).
     """
-    modules = quantized_modules(model)
-    live = next((name for name, m in modules.items() if not m.frozen), None)
-    if not modules:
-        raise StateError(
-            "the model is not quantized: call zp.quantize(model) and zp.freeze(model), "
-            "or keep it as it is with model.save_pretrained(path)"
-        )
-    if live is not None:
-        raise StateError(f"{live} still has float weights; call zp.freeze(model) first")
-    with native.write(Path(path), _contents(model), overwrite=overwrite) as folder:
+    with native.write(Path(path), contents_of(model), overwrite=overwrite) as folder:
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None:
             generation_config.save_pretrained(folder)
@@ -64,7 +61,17 @@ def save(
             tokenizer.save_pretrained(folder)
 
 
-def _contents(model: nn.Module) -> native.Contents:
+def contents_of(model: nn.Module) -> native.Contents:
+    """Everything a checkpoint of this model holds. Raises StateError when it is not frozen."""
+    quantized = quantized_modules(model)
+    live = next((name for name, m in quantized.items() if not m.frozen), None)
+    if not quantized:
+        raise StateError(
+            "the model is not quantized: call zp.quantize(model) and zp.freeze(model), "
+            "or keep it as it is with model.save_pretrained(path)"
+        )
+    if live is not None:
+        raise StateError(f"{live} still has float weights; call zp.freeze(model) first")
     modules = named_modules(model)
     first_name = {m: names[0] for m, names in modules.items()}
     qweights: dict[str, QTensor] = {}

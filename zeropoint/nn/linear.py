@@ -38,7 +38,7 @@ class QLinear(QModule):
     def to_float(self) -> nn.Module:
         new: Any = self._empty_float()
         if self.frozen:
-            new.weight = nn.Parameter(self._layout(self.qweight.dequantize()).contiguous())
+            new.weight = nn.Parameter(self.from_layout(self.qweight.dequantize()).contiguous())
         else:
             new.weight = self._parameters["weight"]
         new.bias = self._parameters["bias"]
@@ -50,13 +50,8 @@ class QLinear(QModule):
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
 
-    @staticmethod
-    def _layout(weight: Tensor) -> Tensor:
-        """Between (N, K) and the float module's layout; its own inverse."""
-        return weight
-
     def float_weight(self) -> Tensor:
-        return self._layout(super().float_weight())
+        return self.from_layout(super().float_weight())
 
     @property
     def role(self) -> Role:
@@ -97,8 +92,8 @@ class QConv1D(QLinear):
         k, n = module.weight.shape
         return int(n), int(k)
 
-    @staticmethod
-    def _layout(weight: Tensor) -> Tensor:
+    @classmethod
+    def from_layout(cls, weight: Tensor) -> Tensor:
         return weight.t()
 
     def _empty_float(self) -> nn.Module:

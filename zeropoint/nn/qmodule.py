@@ -87,6 +87,16 @@ class QModule(nn.Module):
         assert parameter is not None
         return parameter
 
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        """transformers ties weights by assigning one module's to another; ours are tied already."""
+        packed = self._parts().get("weight") if self.frozen else None
+        if value is not packed:
+            raise StateError(
+                "the weight of a quantized module cannot be assigned; call zp.dequantize(model) "
+                "first, or replace the module"
+            )
+
     @property
     def qweight(self) -> QTensor:
         """The frozen weight, (N, K)."""
@@ -105,6 +115,11 @@ class QModule(nn.Module):
     def _parts(self) -> dict[str, Tensor | None]:
         """The buffers that hold the frozen weight."""
         return self._tied_to[0]._buffers if self._tied_to else self._buffers
+
+    @classmethod
+    def from_layout(cls, weight: Tensor) -> Tensor:
+        """(N, K) of a weight in the float module's layout, and back: its own inverse."""
+        return weight
 
     def float_weight(self) -> Tensor:
         """The live float weight as (N, K)."""
@@ -154,12 +169,20 @@ class QModule(nn.Module):
     def role(self) -> Role:
         """What the module does with its weight."""
 
-    def _choose_kernel(self) -> None:
+    def loaded(self) -> None:
+        """To be called when somebody has put tensors in the places of the parts. In place."""
+        self._choose_kernel()
+
+    def choose_kernel_for(self, device: str) -> None:
+        """Choose the kernel for parts that will be on `device` when the module runs. In place."""
+        self._choose_kernel(device)
+
+    def _choose_kernel(self, device: str | None = None) -> None:
         spec = Spec(
             op="embedding" if self.role == "embedding" else "linear",
             scheme=self.scheme,
             shape=self.shape,
-            device=self.qweight.device.type,
+            device=device or self.qweight.device.type,
         )
         choice = choose(spec)
         self._eager = None

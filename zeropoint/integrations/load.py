@@ -1,0 +1,103 @@
+"""`zp.load`: from a source to (model, tokenizer), quantized on the way where that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeropoint.errors import RecipeError, SourceError
+from zeropoint.flows.ptq import Patterns, freeze, quantize
+from zeropoint.integrations.placement import place, several_devices
+from zeropoint.model import load as plain
+from zeropoint.model.source import resolve
+from zeropoint.model.walk import is_quantized
+from zeropoint.scheme import Recipe
+
+
+def load(
+    source: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    weights: str | None = None,
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    double_quant: bool | None = None,
+    activations: str | None = None,
+    outlier_threshold: float | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    recipe: Recipe | None = None,
+    strict: bool = True,
+    algorithm: str = "rtn",
+    quantization_config: Any = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    offload_folder: str | Path | None = None,
+    task: str | None = None,
+    model: nn.Module | None = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, in evaluation mode.
+    The tokenizer is None when the source has none.
+
+    source: a folder (zeropoint or float checkpoint), a hub id, a .gguf file, or package:NAME.
+    dtype: of float weights and activations; "auto" keeps the stored one. device_map: one device,
+    "auto", or modules' names to devices, "cpu" or "disk" (with offload_folder=). weights ... strict:
+    quantize while loading, by the arguments of `zp.quantize`; memory then holds the quantized model
+    and one float weight. algorithm: "rtn" or "mse". quantization_config: a ZeropointConfig, or one
+    of transformers' for bitsandbytes, quanto, HQQ or torchao, which is translated and the
+    translation printed. load_in_4bit, load_in_8bit: as bitsandbytes has them. task: a transformers
+    pipeline task ("text-generation" ...) to choose the class; by default the class that the
+    configuration names. model: for a zeropoint checkpoint of a module that is not a transformers
+    model, a float module of the same structure; it is filled in place and returned.
+    Raises SourceError, CheckpointError, UnknownNameError, and what `zp.quantize` raises.
+    """
+    options = {
+        "weights": weights,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quant": double_quant,
+        "activations": activations,
+        "outlier_threshold": outlier_threshold,
+        "compute_dtype": compute_dtype,
+        "include": include,
+        "exclude": exclude,
+        "recipe": recipe,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if not (given or quantization_config is not None or load_in_4bit or load_in_8bit):
+        if several_devices(device_map):
+            return _load_and_place(source, dtype, device_map, offload_folder, task, model)
+        return plain.load(source, dtype, device_map, task=task, model=model)
+    from zeropoint.integrations.transformers import ZeropointConfig
+
+    config = quantization_config
+    if not isinstance(config, ZeropointConfig):
+        config = ZeropointConfig(**given, strict=strict, algorithm=algorithm)
+    elif given:
+        raise RecipeError(f"give either quantization_config, or {', '.join(given)}")
+    if model is not None:
+        raise SourceError("model= is for checkpoints that are quantized already; leave weights out")
+    found = resolve(source)
+    if found.kind == "native":
+        raise SourceError(f"{source} is quantized already; leave {', '.join(given) or 'it'} out")
+    loaded = plain.load_float(
+        found, plain.float_dtype(dtype), None, task, quantization_config=config
+    )
+    if not is_quantized(loaded):
+        quantize(loaded, recipe=config.recipe, strict=config.strict, **config.given)
+        freeze(loaded, config.algorithm)
+    place(loaded, device_map, offload_folder)
+    return loaded.eval(), plain.load_tokenizer(found)
+
+
+def _load_and_place(
+    source: str | Path, dtype: Any, device_map: Any, folder: Any, task: Any, model: Any
+) -> tuple[Any, Any]:
+    loaded, tokenizer = plain.load(source, dtype, task=task, model=model)
+    place(loaded, device_map, folder)
+    return loaded, tokenizer

@@ -1,0 +1,320 @@
+"""zeropoint inside transformers: `from_pretrained(..., quantization_config=ZeropointConfig(...))`,
+`save_pretrained`, and `from_pretrained` again.
+
+Weights are quantized one by one as transformers reads them, so memory holds the quantized model and
+one float weight. Importing this file registers the method "zeropoint"; `zeropoint/__init__.py` does
+so as soon as transformers loads its quantizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from zeropoint.algorithms import Algorithm, get_algorithm
+from zeropoint.checkpoints import native
+from zeropoint.errors import CheckpointError, RecipeError, ZeropointError
+from zeropoint.flows.ptq import Patterns, dequantize, dtype_name, planned
+from zeropoint.flows.report import Report
+from zeropoint.integrations.placement import place, several_devices
+from zeropoint.model.frameworks import FRAMEWORKS
+from zeropoint.model.load import install
+from zeropoint.model.save import contents_of, remember_recipe
+from zeropoint.model.walk import named_modules, quantized_modules
+from zeropoint.nn import PART_NAMES, QModule, quantized_type
+from zeropoint.qtensor import QTensor, empty
+from zeropoint.scheme import Recipe, Scheme
+
+_OPTIONS = (
+    "weights",
+    "group_size",
+    "symmetric",
+    "double_quant",
+    "activations",
+    "outlier_threshold",
+    "compute_dtype",
+    "include",
+    "exclude",
+)
+
+
+@register_quantization_config(native.QUANT_METHOD)
+class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How `from_pretrained` quantizes a model while it loads it.
+
+    weights to exclude, recipe, strict: as `zp.quantize` takes them. modules_to_not_convert: another
+    name of exclude; like it, it adds to what is kept anyway. algorithm: one that needs no
+    calibration data ("rtn", "mse"). Raises RecipeError, UnknownNameError.
+    """
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        *,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        double_quant: bool | None = None,
+        activations: str | None = None,
+        outlier_threshold: float | None = None,
+        compute_dtype: str | torch.dtype | None = None,
+        include: Patterns = None,
+        exclude: Patterns = None,
+        modules_to_not_convert: Patterns = None,
+        recipe: Recipe | Mapping[str, Any] | None = None,
+        strict: bool = True,
+        algorithm: str = "rtn",
+        format_version: int = native.FORMAT_VERSION,
+        quant_method: str = native.QUANT_METHOD,
+    ) -> None:
+        if quant_method != native.QUANT_METHOD:
+            raise RecipeError(f"quant_method={quant_method!r} is not {native.QUANT_METHOD!r}")
+        if format_version > native.FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint was written by a newer zeropoint (format {format_version}, this "
+                f"one reads up to {native.FORMAT_VERSION}); upgrade: pip install -U zeropoint"
+            )
+        if exclude is not None and modules_to_not_convert is not None:
+            raise RecipeError("exclude and modules_to_not_convert are one thing; give one")
+        chosen = get_algorithm(algorithm)
+        if chosen.needs != "nothing":
+            raise RecipeError(
+                f"algorithm={algorithm!r} needs calibration data, and a model that is still being "
+                "loaded cannot run; load it, then zp.quantize and "
+                f"zp.freeze(model, {algorithm!r}, data=...)"
+            )
+        self.quant_method = native.QUANT_METHOD
+        self.weights = weights
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self.double_quant = double_quant
+        self.activations = activations
+        self.outlier_threshold = outlier_threshold
+        self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
+        self.include = include
+        self.exclude = exclude if modules_to_not_convert is None else modules_to_not_convert
+        self.recipe = recipe if recipe is None or isinstance(recipe, Recipe) else _recipe(recipe)
+        self.strict = strict
+        self.algorithm = algorithm
+        if self.recipe is None and weights is not None:
+            Scheme.of(weights)  # an unknown name is refused here, not after the download
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `zp.quantize` that are no recipe."""
+        return {name: getattr(self, name) for name in _OPTIONS}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are not None."""
+        return {name: value for name, value in self.options.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the recipe once it is known, as config.json has it; the arguments before."""
+        if self.recipe is not None:
+            return native.quantization_config(self.recipe)
+        return {"quant_method": self.quant_method, **self.given}
+
+
+def _recipe(data: Mapping[str, Any]) -> Recipe:
+    return Recipe.from_dict(data)
+
+
+@register_quantizer(native.QUANT_METHOD)
+class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers asks while it loads, saves and trains a model of ours."""
+
+    quantization_config: ZeropointConfig
+
+    def __init__(self, quantization_config: ZeropointConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report: Report | None = None
+        self.error: ZeropointError | None = None
+        self._device_map: Any = None
+        self._dtype: torch.dtype | None = None
+
+    # --- loading ---
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Several devices: weights are quantized on the CPU, then dispatched by their real size."""
+        if not several_devices(device_map):
+            return device_map
+        self._device_map = device_map
+        return {"": "cpu"}
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Frozen modules without values in the places of the float ones. model: on meta."""
+        tied = model.all_tied_weights_keys
+        if self.pre_quantized:
+            self._expect_checkpoint(model, kwargs["checkpoint_files"])
+        else:
+            for target, source in tied.items():  # transformers does so after loading only
+                module, _, leaf = target.rpartition(".")
+                setattr(model.get_submodule(module), leaf, model.get_parameter(source))
+            self._expect_floats(model)
+        inside = set(quantized_modules(model))
+        for target, source in list(tied.items()):
+            if {t.removesuffix(".weight") for t in (target, source)} & inside:
+                del tied[target]  # the modules are tied, there is no parameter to tie
+
+    def _expect_checkpoint(self, model: Any, files: list[str]) -> None:
+        manifest = native.read_header([Path(f) for f in files])
+        folder = Path(files[0]).parent
+        install(folder, model, native.empty_weights(manifest), manifest["tied"])
+        assert self.quantization_config.recipe is not None
+
+    def _expect_floats(self, model: Any) -> None:
+        config = self.quantization_config
+        plan = planned(model, config.options, recipe=config.recipe, strict=config.strict)
+        self.report = plan.report
+        config.recipe = plan.report.recipe
+        owners: dict[int, QModule] = {}
+        names_of = named_modules(model)
+        for site, scheme in plan.schemes.items():
+            kind = quantized_type(site.module)
+            assert kind is not None
+            new = kind.from_float(site.module, scheme)
+            owner = owners.setdefault(site.tied, new)
+            if owner is new:
+                new.freeze(empty(new.shape, scheme, self._dtype or torch.float32))
+            else:
+                new.freeze_tied(owner)
+                # A file may hold the tied weight under its second name, too.
+                ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+                names = {f"^{name}.weight$".replace(".", r"\.") for name in names_of[site.module]}
+                model._keys_to_ignore_on_load_unexpected = ignored | names
+            for name in site.names:
+                model.set_submodule(name, new)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        name, _, leaf = param_name.rpartition(".")
+        return leaf in PART_NAMES.values() and isinstance(model.get_submodule(name), QModule)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Parts of weights, and everything else of a checkpoint of ours, keep their dtype."""
+        return None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        if self.pre_quantized:
+            return []  # a quantized checkpoint has the names of the model itself
+        return list(super().update_weight_conversions(weight_conversions, model))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        for module in quantized_modules(model).values():
+            module.loaded()
+        model._weight_conversions = []  # codes cannot be split or merged: saved as they are named
+        remember_recipe(model, self.quantization_config.recipe)
+        if self._device_map is not None:
+            place(model, self._device_map)
+        return model
+
+    # --- saving, and everything after ---
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save_pretrained` writes. Raises StateError for a live model."""
+        contents = contents_of(model)
+        state: dict[str, Tensor] = dict(contents.tensors)
+        for name, weight in contents.qweights.items():
+            state |= {name + suffix: part for suffix, part in weight.parts.items()}
+        return state, native.header(contents)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """A live model trains its float weights; of a frozen one, what stayed float."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dequantize(model)
+        return model if dtype is None else model.to(dtype)
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """A float weight as it is read -> the parts of its codes."""
+
+    def __init__(self, quantizer: ZeropointQuantizer) -> None:
+        self._quantizer = quantizer
+        self._algorithm: Algorithm = get_algorithm(quantizer.quantization_config.algorithm)
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+        for target, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            name = target if target.endswith(".weight") else full_layer_name
+            module = model.get_submodule(name.rpartition(".")[0])
+            try:
+                qweight = self._codes(module, weight)
+            except ZeropointError as e:
+                # transformers collects errors; this one is raised when loading is done
+                self._quantizer.error = type(e)(f"{name}: {e}")
+                raise
+            parts |= {name + suffix: part for suffix, part in qweight.parts.items()}
+            kwargs["missing_keys"].difference_update(parts)
+        return parts
+
+    def _codes(self, module: QModule, weight: Tensor) -> QTensor:
+        rows = module.from_layout(weight)
+        if tuple(rows.shape) != module.shape:
+            raise CheckpointError(f"is {tuple(rows.shape)}, but the model has {module.shape}")
+        return self._algorithm.choose(rows, None, module.scheme).weight
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("codes are saved as they are")
+
+
+# --- models that were quantized by zp.quantize ---
+
+
+class _Transformers:
+    """Gives a model of transformers that zeropoint quantized what transformers wants to find."""
+
+    def adopt(self, model: nn.Module, recipe: Recipe) -> None:
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):
+            return
+        config = ZeropointConfig(recipe=recipe)
+        if getattr(model, "hf_quantizer", None) is None:
+            model.hf_quantizer = ZeropointQuantizer(config, pre_quantized=True)
+        model.is_quantized = True
+        model.quantization_method = native.QUANT_METHOD
+        model.config.quantization_config = config
+        model._weight_conversions = []
+
+    def release(self, model: nn.Module) -> None:
+        quantizer = getattr(model, "hf_quantizer", None)
+        if isinstance(quantizer, ZeropointQuantizer):
+            quantizer.remove_quantization_config(model)
+            model._weight_conversions = None
+
+
+FRAMEWORKS.append(_Transformers())
