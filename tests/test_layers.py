@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "zeropoint"
 
 # Lowest first. Rooms on one level do not import each other.
 LEVELS = (
-    {"errors", "_env", "progress"},
+    {"errors", "_env", "_on_import", "progress"},
     {"numerics"},
     {"scheme"},
     {"qtensor"},

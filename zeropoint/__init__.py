@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from zeropoint._on_import import import_after
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -74,6 +76,9 @@ _HOMES = {
     "verify": "zeropoint.checkpoints.native",
 }
 _MODULES = {"formats": "zeropoint.numerics.formats", "numerics": "zeropoint.numerics"}
+
+# So that transformers knows the method "zeropoint" wherever both libraries are imported.
+import_after("transformers.quantizers.auto", "zeropoint.integrations.transformers")
 
 
 def __getattr__(name: str) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import zeropoint as zp
@@ -111,19 +112,41 @@ def test_other_files_belong_to_the_checkpoint(tmp_path):
 # --- loaders without zeropoint --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "float8_e4m3fn"])
-def test_loading_without_zeropoint_fails_loudly(weights, tmp_path):
-    model = build("llama")
-    zp.quantize(model, weights)
-    zp.freeze(model)
-    zp.save(model, tmp_path / "m")
-    with pytest.raises((RuntimeError, ValueError)):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises((RuntimeError, ValueError), match="mismatch"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+WITHOUT_ZEROPOINT = """
+import sys
+from transformers import AutoModelForCausalLM
+
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except (RuntimeError, ValueError) as e:
+        print("refused:", "mismatch" in str(e))
+    else:
+        print("loaded")
+assert not any(name.startswith("zeropoint") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("write", [zp.save, lambda m, path: m.save_pretrained(path)])
+def test_loading_without_zeropoint_fails_loudly(write, tmp_path):
+    folders = []
+    for weights in ("int8", "int4", "nf4", "float8_e4m3fn"):
+        model = build("llama")
+        zp.quantize(model, weights)
+        zp.freeze(model)
+        folder = tmp_path / weights
+        write(model, folder)
+        plain = tmp_path / f"{weights}-plain"
+        shutil.copytree(folder, plain)
+        config = json.loads((plain / "config.json").read_text())
+        del config["quantization_config"]
+        (plain / "config.json").write_text(json.dumps(config))
+        folders += [folder, plain]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_ZEROPOINT, *folders], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:-1] == ["refused: True"] * 8
 
 
 def test_codes_do_not_fit_into_a_float_module(path):

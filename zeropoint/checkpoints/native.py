@@ -126,17 +126,32 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], header: dict[str, st
         if shards[-1] and held + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor.detach().contiguous().cpu()
-    metadata = {"format": "pt"} | header
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata=metadata)
+        _write_tensors(folder / "model.safetensors", shards[0], header)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata=metadata)
+        _write_tensors(folder / file, shard, header)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(t.nbytes for t in tensors.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """One safetensors file, the same bytes every time: its writer shuffles the metadata's keys."""
+    metadata = {"format": "pt"} | header
+    save_file(tensors, path, metadata=metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+        ordered = {"__metadata__": metadata} | {
+            name: row for name, row in entries.items() if name != "__metadata__"
+        }
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the header grew by being ordered"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _files(folder: Path) -> dict[str, Any]:

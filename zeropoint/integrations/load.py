@@ -46,7 +46,7 @@ def load(
 
     source: a folder (zeropoint or float checkpoint), a hub id, a .gguf file, or package:NAME.
     dtype: of float weights and activations; "auto" keeps the stored one. device_map: one device,
-    "auto", or modules' names to devices, "cpu" or "disk" (with offload_folder=). weights ... strict:
+    "auto", or modules' names to devices, "cpu" or "disk" (with offload_folder=). weights to strict:
     quantize while loading, by the arguments of `zp.quantize`; memory then holds the quantized model
     and one float weight. algorithm: "rtn" or "mse". quantization_config: a ZeropointConfig, or one
     of transformers' for bitsandbytes, quanto, HQQ or torchao, which is translated and the
@@ -85,9 +85,12 @@ def load(
     found = resolve(source)
     if found.kind == "native":
         raise SourceError(f"{source} is quantized already; leave {', '.join(given) or 'it'} out")
-    loaded = plain.load_float(
-        found, plain.float_dtype(dtype), None, task, quantization_config=config
-    )
+    try:
+        loaded = plain.load_float(
+            found, plain.float_dtype(dtype), None, task, quantization_config=config
+        )
+    except SourceError as e:
+        raise config.error or e from e
     if not is_quantized(loaded):
         quantize(loaded, recipe=config.recipe, strict=config.strict, **config.given)
         freeze(loaded, config.algorithm)

@@ -1,5 +1,5 @@
-"""A model over several devices, by accelerate: what does not fit one stays in main memory or on disk
-and is fetched when it runs.
+"""A model over several devices, by accelerate: what does not fit one stays in main memory or on
+disk and is fetched when it runs.
 
 accelerate looks up a module's tensors by attribute, and `weight` of a frozen module is a QTensor;
 so frozen modules are placed here and all others by accelerate.

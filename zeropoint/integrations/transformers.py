@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -103,6 +104,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.recipe = recipe if recipe is None or isinstance(recipe, Recipe) else _recipe(recipe)
         self.strict = strict
         self.algorithm = algorithm
+        self.error: ZeropointError | None = None  # of a weight, which transformers does not raise
         if self.recipe is None and weights is not None:
             Scheme.of(weights)  # an unknown name is refused here, not after the download
 
@@ -136,7 +138,6 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ZeropointConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.report: Report | None = None
-        self.error: ZeropointError | None = None
         self._device_map: Any = None
         self._dtype: torch.dtype | None = None
 
@@ -159,7 +160,10 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.pre_quantized:
             self._expect_checkpoint(model, kwargs["checkpoint_files"])
         else:
-            for target, source in tied.items():  # transformers does so after loading only
+            for target, source in list(tied.items()):  # transformers does so after loading only
+                if _differ(kwargs["checkpoint_files"], target, source):
+                    del tied[target]
+                    continue
                 module, _, leaf = target.rpartition(".")
                 setattr(model.get_submodule(module), leaf, model.get_parameter(source))
             self._expect_floats(model)
@@ -214,8 +218,6 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         return list(super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.error is not None:
-            raise self.error
         for module in quantized_modules(model).values():
             module.loaded()
         model._weight_conversions = []  # codes cannot be split or merged: saved as they are named
@@ -255,6 +257,22 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         return model if dtype is None else model.to(dtype)
 
 
+def _differ(files: list[str] | None, target: str, source: str) -> bool:
+    """Whether the files hold two weights that the configuration calls one."""
+    homes: dict[str, str] = {}
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                homes |= dict.fromkeys({target, source} & set(tensors.keys()), file)
+    if len(homes) < 2:
+        return False
+    weights = []
+    for name, file in homes.items():
+        with safe_open(file, framework="pt") as tensors:
+            weights.append(tensors.get_tensor(name))
+    return weights[0].shape != weights[1].shape or not torch.equal(*weights)
+
+
 class _Quantize(ConversionOps):  # type: ignore[misc]
     """A float weight as it is read -> the parts of its codes."""
 
@@ -273,8 +291,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             try:
                 qweight = self._codes(module, weight)
             except ZeropointError as e:
-                # transformers collects errors; this one is raised when loading is done
-                self._quantizer.error = type(e)(f"{name}: {e}")
+                self._quantizer.quantization_config.error = type(e)(f"{name}: {e}")
                 raise
             parts |= {name + suffix: part for suffix, part in qweight.parts.items()}
             kwargs["missing_keys"].difference_update(parts)
@@ -318,3 +335,7 @@ class _Transformers:
 
 
 FRAMEWORKS.append(_Transformers())
+
+# What transformers looks for on a weight before it fills it with random numbers: some models reach
+# into their layers, and find a QTensor there.
+setattr(QTensor, "_is_hf_initialized", True)  # noqa: B010 - not a field of a QTensor

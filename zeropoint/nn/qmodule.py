@@ -91,7 +91,7 @@ class QModule(nn.Module):
     def weight(self, value: Any) -> None:
         """transformers ties weights by assigning one module's to another; ours are tied already."""
         packed = self._parts().get("weight") if self.frozen else None
-        if value is not packed:
+        if packed is None or packed is not getattr(value, "packed", value):
             raise StateError(
                 "the weight of a quantized module cannot be assigned; call zp.dequantize(model) "
                 "first, or replace the module"
