@@ -18,7 +18,7 @@ LEVELS = (
     {"nn"},
     {"model"},
     {"flows"},
-    {"evaluate"},
+    {"evaluate", "integrations"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -1,0 +1,1 @@
+"""Meeting other libraries where their users are."""
