@@ -105,8 +105,15 @@ static inline void from_f32(const float* p, int32_t dtype, int64_t count, void* 
 
 static inline int64_t packed_row_bytes(const zp_format& f) { return (f.k * f.bits + 7) / 8; }
 
+static inline float read_scale(const zp_format& f, const void* scale, int64_t i) {
+  if (f.scale_dtype != ZP_DOUBLE_QUANT) return read_float(scale, i, f.scale_dtype);
+  constexpr int64_t BLOCK = 256, FLOAT = 4;
+  const uint8_t* block = (const uint8_t*)scale + FLOAT + i / BLOCK * (FLOAT + BLOCK);
+  return f.scale_levels[block[FLOAT + i % BLOCK]] * *(const float*)block + *(const float*)scale;
+}
+
 static inline float scale_of(const zp_weight& w, int64_t row, int64_t group) {
-  return read_float(w.scale, row * w.format->scale_stride + group, w.format->scale_dtype);
+  return read_scale(*w.format, w.scale, row * w.format->scale_stride + group);
 }
 
 // What is subtracted from a stored code: it is unsigned on disk.
@@ -292,7 +299,7 @@ static inline void block_scales(const Job& j, int64_t n, float* scale) {
     if (b < j.blocks) store(scale + b, load_f16_part(from + b, j.blocks - b));
     return;
   }
-  for (int64_t b = 0; b < j.blocks; b++) scale[b] = read_float(j.scale, at + b / per_group, f.scale_dtype);
+  for (int64_t b = 0; b < j.blocks; b++) scale[b] = read_scale(f, j.scale, at + b / per_group);
   for (int64_t b = j.blocks; b < round_up(j.blocks, W); b++) scale[b] = 0;
 }
 
@@ -547,8 +554,7 @@ struct Levels {  // of a codebook, in ascending order, with the midpoints betwee
     float value[16];
     for (int c = 0; c < 16; c++) {
       int at = 0;
-      while (at < count && value[at] < levels[c]) at++;
-      if (at < count && value[at] == levels[c]) continue;  // -0 is 0
+      while (at < count && value[at] <= levels[c]) at++;
       for (int i = count; i > at; i--) value[i] = value[i - 1], code[i] = code[i - 1];
       value[at] = levels[c], code[at] = (uint8_t)c, count++;
     }
@@ -601,14 +607,15 @@ static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t
         one_magnitude = x[c] == 0 || __builtin_fabs((double)x[c]) == magnitude;
       }
       double real_max = f.kind == ZP_INTEGER ? q_max : 1.0;
-      s = scale_up(magnitude > 0 ? one_magnitude ? magnitude : magnitude / real_max : 1.0, f.scale_dtype);
+      double none = f.kind == ZP_CODEBOOK ? 0.0 : 1.0;  // the scale of zeros
+      s = scale_up(magnitude > 0 ? one_magnitude ? magnitude : magnitude / real_max : none, f.scale_dtype);
     }
     if (!(s <= stored_max(f.scale_dtype))) return ZP_BAD_ARGUMENT;
     put_scale(scale, at, f.scale_dtype, s);
-    F divisor = set1(s);
     i = begin;
     if (f.kind == ZP_INTEGER) {
       float shift = z + half;
+      F divisor = set1(s);
       for (; i + W <= end; i += W) {
         F code = add(round_even(div(load(x + i), divisor)), set1(shift));
         store_u8(codes + i, min(max(code, zero()), set1(top)));
@@ -618,14 +625,16 @@ static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t
         codes[i] = (uint8_t)(code < 0 ? 0 : code > top ? top : code);
       }
     } else {
+      float reciprocal = 1.0f / s;
+      F factor = set1(reciprocal);
       for (; i + W <= end; i += W) {
-        F v = div(load(x + i), divisor), index = zero();
+        F v = mul(load(x + i), factor), index = zero();
         for (int l = 0; l + 1 < levels.count; l++) index = add(index, one_where_above(v, set1(levels.midpoint[l])));
         store_u8(codes + i, index);
       }
       for (; i < end; i++) {
         codes[i] = 0;
-        for (int l = 0; l + 1 < levels.count; l++) codes[i] += x[i] / s > levels.midpoint[l];
+        for (int l = 0; l + 1 < levels.count; l++) codes[i] += x[i] * reciprocal > levels.midpoint[l];
       }
       for (i = begin; i < end; i++) codes[i] = levels.code[codes[i]];
     }

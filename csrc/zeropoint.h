@@ -15,20 +15,22 @@ extern "C" {
 #endif
 
 #define ZP_API __attribute__((visibility("default")))
-#define ZP_VERSION 1
+#define ZP_VERSION 2
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
-enum { ZP_F32, ZP_BF16, ZP_F16 };                                                             // dtypes of floats
+enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT };                                            // dtypes of floats
 enum { ZP_OK = 0, ZP_BAD_INDEX = 1, ZP_NO_MEMORY = 2, ZP_BAD_ARGUMENT = 3 };                  // return codes
 
-// How a weight is stored; without pointers, so it can be kept and shared.
+// How a weight is stored. With scale_dtype ZP_DOUBLE_QUANT, scales are 8-bit themselves: a float32 offset, then for
+// every 256 scales their float32 absmax and 256 codes; scale = offset + absmax * scale_levels[code].
 typedef struct {
   int32_t kind, bits;
   int64_t n, k;
   int64_t group_size;    // codes of a row that share a scale; k when a row or the whole weight shares one
   int64_t scale_stride;  // scales from one row to the next; 0 when the whole weight shares one
   int32_t scale_dtype;
-  float levels[16];  // codebook only
+  float levels[16];           // codebook only
+  const float* scale_levels;  // 256, for ZP_DOUBLE_QUANT only
 } zp_format;
 
 // packed: n rows; scale: (n or 1, k / group_size), null for a downcast; zero_point: the same shape, null when

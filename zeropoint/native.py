@@ -17,13 +17,14 @@ from torch import Tensor
 
 from zeropoint import _env
 from zeropoint.errors import KernelError, UnknownNameError, nearest
-from zeropoint.numerics import scale_shape
+from zeropoint.numerics import double_quant, scale_shape
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
-VERSION = 1  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+VERSION = 2  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
 LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DOUBLE_QUANT = 3  # a scale_dtype: scales in 8 bits
 KINDS = {"integer": 0, "codebook": 1}
 KINDS_BY_FORMAT = {"float8_e4m3fn": 2, "float8_e5m2": 3, "bfloat16": 4, "float16": 5}
 MOST_COLUMNS = 1 << 18  # a row, its scales and its activations lie on a thread's stack
@@ -42,6 +43,7 @@ class Format(ctypes.Structure):
         ("scale_stride", c_int64),
         ("scale_dtype", c_int32),
         ("levels", c_float * 16),
+        ("scale_levels", POINTER(c_float)),
     ]
 
 
@@ -155,7 +157,16 @@ def _format(scheme: Scheme, n: int, k: int) -> Format:
     )
     if fmt.levels is not None:
         row.levels[:] = fmt.levels
+    if scheme.double_quant:
+        row.scale_dtype = DOUBLE_QUANT
+        row.scale_levels = _scale_levels()
     return row
+
+
+@lru_cache
+def _scale_levels() -> ctypes.Array[c_float]:
+    """The levels of double quantization as C has them, kept for as long as the process lives."""
+    return (c_float * 256)(*double_quant.levels().tolist())
 
 
 def _contiguous_parts(weight: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -281,7 +292,7 @@ def can_quantize(weight: Tensor, scheme: Scheme) -> bool:
 
 def quantize(weight: Tensor, scheme: Scheme) -> QTensor | None:
     """Round to nearest in one pass over the weight: the same scales, zero points and codes as
-    `numerics.quantize`, bit for bit.
+    `numerics.quantize`, bit for bit. Its scales are floats, whatever the scheme does to them later.
 
     weight: (N, K) float on a CPU, for which `can_quantize`. Returns None where a value is not
     finite or close to its dtype's largest, or a scale does not fit its dtype: `numerics.quantize`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from zeropoint.errors import CheckpointError
 from zeropoint.numerics import (
     Quantized,
     dequantize,
+    double_quant,
     get_scale_dtype,
     pack,
     rows_and_columns,
@@ -29,8 +31,9 @@ class QTensor:
     packed: (N * row_bytes,) uint8, rows one after the other, low bits first (`numerics.packing`);
     integer codes are
         stored as code - q_min. A downcast is stored as it is: shape `shape`, bfloat16 or float16.
-    scale: (R, G) of scheme.scale_dtype, or None for a downcast. zero_point: (R, G) int8, or None
-    when symmetric.
+    scale: (R, G) of scheme.scale_dtype; with scheme.double_quant the bytes that
+    `numerics.double_quant` stores; None for a downcast. zero_point: (R, G) int8, or None when
+    symmetric.
     shape: of the weight. dtype: what `dequantize()` returns, the dtype the weight had.
     """
 
@@ -43,7 +46,7 @@ class QTensor:
 
     @classmethod
     def from_codes(cls, quantized: Quantized, scheme: Scheme, dtype: torch.dtype) -> QTensor:
-        """Pack what `numerics.quantize` returned."""
+        """Pack what `numerics.quantize` returned; the scales too where the scheme says so."""
         codes = quantized.codes
         fmt = scheme.fmt
         if fmt.kind == "downcast":
@@ -54,9 +57,13 @@ class QTensor:
             integer = fmt.kind == "integer"
             unsigned = codes.view(torch.uint8) + -fmt.q_min if integer else codes  # wraps around
             packed = pack(unsigned.reshape(rows_and_columns(codes.shape)), fmt.bits).view(-1)
+        scale = quantized.scale
+        if scheme.double_quant:
+            assert scale is not None
+            scale = double_quant.compress(scale)
         return cls(
             packed=packed.contiguous(),
-            scale=quantized.scale,
+            scale=scale,
             zero_point=quantized.zero_point,
             scheme=scheme,
             shape=codes.shape,
@@ -88,6 +95,27 @@ class QTensor:
         return {suffix: part for suffix, part in parts.items() if part is not None}
 
     @property
+    def scales(self) -> Tensor | None:
+        """The scales as numbers, (R, G) float, whichever way they are stored."""
+        if self.scale is None or not self.scheme.double_quant:
+            return self.scale
+        return double_quant.expand(self.scale, self._scale_shape)
+
+    @property
+    def _scale_shape(self) -> tuple[int, int]:
+        return scale_shape(self.shape, self.scheme.granularity, self.scheme.group_size)
+
+    def with_scheme(self, scheme: Scheme) -> QTensor:
+        """The same codes under a scheme that differs in how they are used, or in storing the scales
+        in 8 bits.
+        """
+        scale = self.scale
+        if scheme.double_quant and not self.scheme.double_quant:
+            assert scale is not None
+            scale = double_quant.compress(scale)
+        return replace(self, scheme=scheme, scale=scale)
+
+    @property
     def codes(self) -> Tensor:
         """Unpacked codes, of shape `shape`: int8, uint8 (codebook), float8, or the downcast
         itself.
@@ -112,16 +140,17 @@ class QTensor:
         """
         if self.scheme.fmt.kind == "downcast":
             return self.packed.to(dtype or self.dtype)
-        real = dequantize(self.codes, self.scale, self.zero_point, self.scheme.format)
+        real = dequantize(self.codes, self.scales, self.zero_point, self.scheme.format)
         return real.to(dtype or self.dtype)
 
     def rows(self, indices: Tensor) -> QTensor:
         """The rows `indices` (1-D, int) of a 2-D weight, without unpacking the others."""
         n, _ = self.shape
+        scale = self.scales
         if self.scheme.granularity == "tensor":
-            scale, zero_point = self.scale, self.zero_point
+            zero_point = self.zero_point
         else:
-            scale = None if self.scale is None else self.scale[indices]
+            scale = None if scale is None else scale[indices]
             zero_point = None if self.zero_point is None else self.zero_point[indices]
         packed = self.packed.view(n, -1)[indices]
         return replace(
@@ -129,6 +158,7 @@ class QTensor:
             packed=packed if self.scheme.fmt.kind == "downcast" else packed.view(-1),
             scale=scale,
             zero_point=zero_point,
+            scheme=replace(self.scheme, double_quant=False),
             shape=torch.Size((len(indices), self.shape[1])),
         )
 
@@ -149,7 +179,7 @@ class QTensor:
         if self.device.type != "meta":
             for name, part in (
                 ("codes", self.codes),
-                ("scale", self.scale),
+                ("scale", self.scales),
                 ("zero_point", self.zero_point),
             ):
                 if part is not None:
@@ -177,6 +207,8 @@ def part_specs(
         "": ((n * row_bytes(k, fmt.bits),), torch.uint8),
         "_scale": (blocks, get_scale_dtype(scheme.scale_dtype)),
     }
+    if scheme.double_quant:
+        specs["_scale"] = ((double_quant.stored_bytes(math.prod(blocks)),), torch.uint8)
     if not scheme.symmetric:
         specs["_zero_point"] = (blocks, torch.int8)
     return specs

@@ -13,11 +13,19 @@ from typing import Any, Literal
 import yaml
 
 from zeropoint.errors import RecipeError, UnknownNameError, nearest
-from zeropoint.numerics import Format, get_format, get_scale_dtype, rows_and_columns, scale_shape
+from zeropoint.numerics import (
+    Format,
+    double_quant,
+    get_format,
+    get_scale_dtype,
+    rows_and_columns,
+    scale_shape,
+)
 from zeropoint.numerics.granularity import GRANULARITIES, Granularity
 from zeropoint.numerics.packing import row_bytes
 
-ACTIVATIONS = ("int8",)
+ACTIVATIONS = ("int8", "float8_e4m3fn", "float8_e5m2")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 PER_CHANNEL = -1  # group_size=-1, the field's spelling of "one scale per output channel"
 
 Role = Literal["linear", "embedding", "head"]
@@ -33,8 +41,13 @@ class Scheme:
     group_size: values along K that share a scale, for "group" only. symmetric: zero_point = 0.
     scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to
     it.
-    activations: None (inputs stay float), or "int8": every token of a linear layer's input is
-    rounded to int8 before it is multiplied, scale = max |x| / 127 of the token.
+    double_quant: the scales of groups are stored in 8 bits themselves (`numerics.double_quant`).
+    activations: None (inputs stay float), or "int8", "float8_e4m3fn", "float8_e5m2": the input of a
+    linear layer is rounded before it is multiplied, each token with its own scale, or the whole
+    tensor with the range that `zp.calibrate` has seen.
+    outlier_threshold: input channels in which any |x| reaches it stay float, the others are int8
+    (LLM.int8(), arXiv:2208.07339); for activations="int8" only.
+    compute_dtype: a linear layer's input is cast to it, and its output back; None leaves it alone.
     Raises UnknownNameError, RecipeError. `Scheme.of` fills in the format's defaults.
     """
 
@@ -43,7 +56,10 @@ class Scheme:
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: str = "float32"
+    double_quant: bool = False
     activations: str | None = None
+    outlier_threshold: float | None = None
+    compute_dtype: str | None = None
 
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
@@ -55,11 +71,14 @@ class Scheme:
             )
         if not isinstance(self.symmetric, bool):
             raise RecipeError(f"symmetric={self.symmetric!r} is not true or false")
-        if self.activations is not None and self.activations not in ACTIVATIONS:
-            raise UnknownNameError(
-                f"activations={self.activations!r} is unknown; "
-                f"{nearest(str(self.activations), ACTIVATIONS)}, or none"
-            )
+        for field, known in (("activations", ACTIVATIONS), ("compute_dtype", COMPUTE_DTYPES)):
+            value = getattr(self, field)
+            if value is not None and value not in known:
+                raise UnknownNameError(
+                    f"{field}={value!r} is unknown; {nearest(str(value), known)}, or none"
+                )
+        self._check_outliers()
+        self._check_double_quant()
         if self.granularity == "group":
             _check_group_size(self.group_size)
         elif self.group_size is not None:
@@ -74,6 +93,30 @@ class Scheme:
                 f"group_size={self.group_size}: {fmt.name} has no scales; leave it out"
             )
 
+    def _check_outliers(self) -> None:
+        threshold = self.outlier_threshold
+        if threshold is None:
+            return
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not 0 < threshold < float("inf"):
+            raise RecipeError(
+                f"outlier_threshold={threshold!r} is not a positive number; use 6.0, or none"
+            )
+        if self.activations != "int8":
+            raise RecipeError(
+                f"outlier_threshold={threshold} needs activations='int8', not {self.activations!r}"
+            )
+
+    def _check_double_quant(self) -> None:
+        if not isinstance(self.double_quant, bool):
+            raise RecipeError(f"double_quant={self.double_quant!r} is not true or false")
+        if self.double_quant and (self.granularity != "group" or self.scale_dtype != "float32"):
+            raise RecipeError(
+                f"double_quant=True stores float32 scales of groups in 8 bits, but the scales are "
+                f"{self.scale_dtype}, per {self.granularity}; give a group_size and "
+                "scale_dtype='float32', or leave double_quant out"
+            )
+
     @classmethod
     def of(
         cls,
@@ -81,12 +124,16 @@ class Scheme:
         *,
         group_size: int | None = None,
         symmetric: bool | None = None,
+        double_quant: bool = False,
         activations: str | None = None,
+        outlier_threshold: float | None = None,
+        compute_dtype: str | None = None,
     ) -> Scheme:
         """The scheme that `format` has by default, changed where an argument is given.
 
         group_size: None for the format's default, -1 for one scale per channel. symmetric: None for
-        the default.
+        the default. Scales of groups are float16; those of codebooks are float32, as bitsandbytes
+        has them, and so are those that double_quant stores in 8 bits.
 
         >>> str(Scheme.of("int4"))
         'int4 g32 asymmetric'
@@ -97,13 +144,17 @@ class Scheme:
         size = fmt.group_size if group_size is None else group_size
         if size == PER_CHANNEL:
             size = None
+        wide = double_quant or fmt.kind == "codebook"
         return cls(
             format=format,
             granularity="channel" if size is None else "group",
             group_size=size,
             symmetric=fmt.symmetric if symmetric is None else symmetric,
-            scale_dtype="float32" if size is None else "float16",
+            scale_dtype="float16" if size and not wide else "float32",
+            double_quant=double_quant,
             activations=activations,
+            outlier_threshold=outlier_threshold,
+            compute_dtype=compute_dtype,
         )
 
     @property
@@ -121,13 +172,19 @@ class Scheme:
         if self.fmt.kind == "downcast":
             return codes
         rows, groups = scale_shape(shape, self.granularity, self.group_size)
-        return codes + rows * groups * (
-            get_scale_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else 1)
-        )
+        count = rows * groups
+        if self.double_quant:
+            scales = double_quant.stored_bytes(count)
+        else:
+            scales = count * get_scale_dtype(self.scale_dtype).itemsize
+        return codes + scales + (0 if self.symmetric else count)
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields by name, leaving out a group_size of None. `Scheme(**d)` is the inverse."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        """Fields by name, leaving out what is not used. `Scheme(**d)` is the inverse."""
+        fields = dataclasses.asdict(self)
+        if not self.double_quant:
+            del fields["double_quant"]
+        return {k: v for k, v in fields.items() if v is not None}
 
     def __str__(self) -> str:
         name = self.format
@@ -135,7 +192,12 @@ class Scheme:
             group = self.granularity == "group"
             name += f" g{self.group_size}" if group else f" per {self.granularity}"
             name += "" if self.symmetric else " asymmetric"
-        return name + (f", {self.activations} activations" if self.activations else "")
+        name += " double quant" if self.double_quant else ""
+        if self.activations is not None:
+            name += f", {self.activations} activations"
+        if self.outlier_threshold is not None:
+            name += f" below {self.outlier_threshold:g}"
+        return name + (f", computed in {self.compute_dtype}" if self.compute_dtype else "")
 
 
 def _check_group_size(value: Any) -> None:
@@ -180,7 +242,10 @@ _RULE_KEYS = (
     "group_size",
     "symmetric",
     "scale_dtype",
+    "double_quant",
     "activations",
+    "outlier_threshold",
+    "compute_dtype",
 )
 
 
@@ -298,7 +363,11 @@ def _rule(row: Any) -> Rule:
         del options["group_size"]
         options.setdefault("granularity", "channel")
     per_block = options.get("granularity") in ("tensor", "channel")
-    default = Scheme.of(weights, group_size=PER_CHANNEL if per_block else options.get("group_size"))
+    default = Scheme.of(
+        weights,
+        group_size=PER_CHANNEL if per_block else options.get("group_size"),
+        double_quant=options.get("double_quant") is True,
+    )
     return Rule(
         match=row["match"], role=row.get("role"), scheme=dataclasses.replace(default, **options)
     )

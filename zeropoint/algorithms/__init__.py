@@ -6,7 +6,7 @@ one file, and one line in ALGORITHMS, which also says what the algorithm has to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -24,14 +24,21 @@ Statistics = Literal["nothing", "hessian"]
 class Algorithm:
     """One row of the table.
 
-    choose: (weight (N, K), statistics or None, scheme) -> Choice, pure. needs: the statistics:
+    find: (weight (N, K), statistics or None, scheme) -> Choice, pure. needs: the statistics:
     nothing, or the Hessian (K, K) of the inputs, which takes calibration data.
     """
 
     name: str
-    choose: Callable[[Tensor, Tensor | None, Scheme], Choice]
+    find: Callable[[Tensor, Tensor | None, Scheme], Choice]
     needs: Statistics
     summary: str
+
+    def choose(self, weight: Tensor, statistics: Tensor | None, scheme: Scheme) -> Choice:
+        """`find`, then scales in 8 bits where the scheme says so: codes are chosen before that, as
+        bitsandbytes does.
+        """
+        choice = self.find(weight, statistics, replace(scheme, double_quant=False))
+        return replace(choice, weight=choice.weight.with_scheme(scheme))
 
     def __call__(self, weight: Tensor, scheme: Scheme, statistics: Tensor | None = None) -> QTensor:
         """Only the codes."""
@@ -43,19 +50,19 @@ ALGORITHMS: dict[str, Algorithm] = {
     for row in (
         Algorithm(
             name="rtn",
-            choose=rtn.choose,
+            find=rtn.choose,
             needs="nothing",
             summary="round to nearest, on a grid that spans the range",
         ),
         Algorithm(
             name="mse",
-            choose=search.choose,
+            find=search.choose,
             needs="nothing",
             summary="round to nearest, on the grid of least squared error",
         ),
         Algorithm(
             name="gptq",
-            choose=gptq.choose,
+            find=gptq.choose,
             needs="hessian",
             summary="feed rounding errors forward, weighted by calibration inputs",
         ),

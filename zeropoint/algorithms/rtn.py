@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from zeropoint import native
@@ -17,10 +19,11 @@ def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
 
     weight: (N, K) float. Raises NonFiniteError, GroupSizeError, ScaleRangeError.
     """
-    if native.can_quantize(weight, scheme):
-        qweight = native.quantize(weight, scheme)
+    plain = replace(scheme, double_quant=False)
+    if native.can_quantize(weight, plain):
+        qweight = native.quantize(weight, plain)
         if qweight is not None:
-            return qweight
+            return qweight.with_scheme(scheme)
     quantized = quantize(
         weight,
         scheme.format,

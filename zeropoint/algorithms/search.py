@@ -10,6 +10,7 @@ this norm. Scales are positive: the stored format has no sign for them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -59,8 +60,8 @@ def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> 
     importance: (K,) float >= 0, as E[x^2] of the inputs; None counts all columns alike.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError.
     """
-    start = rtn(weight, scheme)
     fmt = scheme.fmt
+    start = rtn(weight, replace(scheme, double_quant=False))
     if fmt.kind == "downcast":
         return start
     grid = search_grid(weight, scheme, importance, start=start)

@@ -360,6 +360,9 @@ def _tensor_problems(path: Path, manifest: Mapping[str, Any], files: list[str]) 
             continue
         if weight.scale is None:
             problems += _float_problems(name, weight.packed, positive=False)
+        elif weight.scheme.double_quant:
+            assert weight.scales is not None
+            problems += _float_problems(f"{name}_scale", weight.scales, positive=False)
         else:
             problems += _float_problems(f"{name}_scale", weight.scale, positive=True)
     for name, row in manifest["tensors"].items():

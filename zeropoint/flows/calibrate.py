@@ -147,7 +147,8 @@ def _choose(
     """One choice for each module. Several of one scheme are chosen as one weight of all their rows:
     rows do not know of each other, and a column of 3072 rows costs little more than one of 192.
     """
-    scheme = work.live[modules[0]][0].scheme
+    # Scales become 8-bit when a module takes its rows: those of all modules are no one's.
+    scheme = replace(work.live[modules[0]][0].scheme, double_quant=False)
     name = " + ".join(f"{work.live[m][1][0]}.weight" for m in modules)
     try:
         choice = work.algorithm.choose(torch.cat(weights), hessian, scheme)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from zeropoint.algorithms import ALGORITHMS, Algorithm, get_algorithm
@@ -57,7 +58,10 @@ def quantize(
     *,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    double_quant: bool | None = None,
     activations: str | None = None,
+    outlier_threshold: float | None = None,
+    compute_dtype: str | torch.dtype | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     recipe: Recipe | None = None,
@@ -68,8 +72,11 @@ def quantize(
 
     weights: a format name ("int8" when there is no recipe). group_size: values per scale along the
     input dimension; None for the format's default, -1 for one scale per output channel. symmetric:
-    None for the format's default. activations: "int8" rounds the inputs of linear layers too, one
-    scale per token; None leaves them float.
+    None for the format's default. double_quant: store the scales of groups in 8 bits. activations:
+    "int8", "float8_e4m3fn" or "float8_e5m2" rounds the inputs of linear layers too, every token
+    with a scale of its own, or after `zp.calibrate` with one range for all; None leaves them float.
+    outlier_threshold: keep input channels in which any |x| reaches it float, 6.0 for LLM.int8().
+    compute_dtype: the dtype in which linear layers multiply, whatever the model's own is.
     include, exclude: `fnmatch` patterns on module names. Embeddings and heads get int8 per row when
     `weights` has 8 bits or fewer, and stay tied where they are. recipe: a Recipe instead of all of
     these. strict=False turns an unused rule, a group size that does not divide K, and a missed
@@ -87,24 +94,28 @@ def quantize(
             raise StateError(
                 f"{site.name} is on the meta device, without values; load the weights first"
             )
+    options: dict[str, Any] = {
+        "weights": weights,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quant": double_quant,
+        "activations": activations,
+        "outlier_threshold": outlier_threshold,
+        "compute_dtype": None if compute_dtype is None else _dtype_name(compute_dtype),
+        "include": include,
+        "exclude": exclude,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     if recipe is None:
         recipe = _recipe(
-            weights or "int8",
-            group_size,
-            symmetric,
-            activations,
+            Scheme.of(given.pop("weights", "int8"), **_without(given, "include", "exclude")),
             _patterns(include),
             _patterns(exclude),
             model,
             sites,
         )
-    elif any(
-        v is not None for v in (weights, group_size, symmetric, activations, include, exclude)
-    ):
-        raise RecipeError(
-            "give either a recipe, or weights / group_size / symmetric / activations / include / "
-            "exclude"
-        )
+    elif given:
+        raise RecipeError(f"give either a recipe, or {' / '.join(options)}; not {', '.join(given)}")
     plan = _plan(model, sites, recipe)
     root = next((s for s in plan.schemes if s.module is model), None)
     if root is not None:
@@ -238,11 +249,16 @@ def _patterns(value: Patterns) -> tuple[str, ...] | None:
     return patterns
 
 
+def _without(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def _dtype_name(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _recipe(
-    weights: str,
-    group_size: int | None,
-    symmetric: bool | None,
-    activations: str | None,
+    linear: Scheme,
     include: tuple[str, ...] | None,
     exclude: tuple[str, ...] | None,
     model: nn.Module,
@@ -251,11 +267,10 @@ def _recipe(
     """Rules for the arguments of `quantize`: exclusions first, then each included pattern by
     role.
     """
-    linear = Scheme.of(weights, group_size=group_size, symmetric=symmetric, activations=activations)
     # Tables are looked up, not multiplied, and a tied head shares the table's scheme: neither has
     # integer activations.
     wide = linear.fmt.bits > 8
-    by_row = Scheme.of(weights) if wide else Scheme.of("int8", group_size=PER_CHANNEL)
+    by_row = Scheme.of(linear.format) if wide else Scheme.of("int8", group_size=PER_CHANNEL)
     rules = [Rule(match=pattern) for pattern in exclude or ()]
     for pattern in include or ("*",):
         matched = [s for s in sites if any(fnmatchcase(n, pattern) for n in s.names)]

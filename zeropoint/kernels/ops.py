@@ -34,7 +34,7 @@ _LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str kernel) -> Tenso
 _LIBRARY.define(f"embedding(Tensor indices, {_WEIGHT}, ScalarType dtype, str kernel) -> Tensor")
 _LIBRARY.define(
     "image(Tensor weight, str format, str granularity, int group_size, bool symmetric, "
-    "str scale_dtype) -> Tensor"
+    "str scale_dtype, bool double_quant) -> Tensor"
 )
 
 
@@ -62,8 +62,18 @@ def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
     torch._check(
         len(shape) == 2, lambda: f"weight shape is {shape}; linear and embedding need (N, K)"
     )
-    scale_dtype = "float32" if scale is None else str(scale.dtype).removeprefix("torch.")
-    scheme = _scheme(format, granularity, group_size, zero_point is None, scale_dtype, activations)
+    double_quant = scale is not None and scale.dtype == torch.uint8
+    plain = scale is None or double_quant
+    scale_dtype = "float32" if plain else str(scale.dtype).removeprefix("torch.")
+    scheme = _scheme(
+        format,
+        granularity,
+        group_size,
+        zero_point is None,
+        scale_dtype,
+        double_quant,
+        activations,
+    )
     weight = QTensor(
         packed=packed,
         scale=scale,
@@ -102,6 +112,7 @@ def _scheme(
     group_size: int,
     symmetric: bool,
     scale_dtype: str,
+    double_quant: bool,
     activations: str,
 ) -> Scheme:
     return Scheme(
@@ -110,6 +121,7 @@ def _scheme(
         group_size=group_size or None,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        double_quant=double_quant,
         activations=activations or None,
     )
 
@@ -210,6 +222,7 @@ def _image(
     group_size: int,
     symmetric: bool,
     scale_dtype: str,
+    double_quant: bool,
 ) -> Tensor:
     return fake_quantize(
         weight,
@@ -218,6 +231,7 @@ def _image(
         group_size=group_size or None,
         symmetric=symmetric,
         scale_dtype=scale_dtype,
+        double_quant=double_quant,
     ).contiguous()
 
 
@@ -227,7 +241,7 @@ def _image_fake(weight: Tensor, *scheme: Any) -> Tensor:
 
 def _image_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dL/dweight = dL/dimage: the straight-through estimator (arXiv:1308.3432)."""
-    return (grad, *([None] * 5))
+    return (grad, *([None] * 6))
 
 
 for _name, _function, _fake in (
@@ -335,5 +349,6 @@ def image(weight: Tensor, scheme: Scheme) -> Tensor:
         scheme.group_size or 0,
         scheme.symmetric,
         scheme.scale_dtype,
+        scheme.double_quant,
     )
     return y

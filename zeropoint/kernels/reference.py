@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zeropoint.kernels.spec import Spec
+from zeropoint.numerics import double_quant
 from zeropoint.qtensor import QTensor
 
 
@@ -43,7 +44,31 @@ def weight_values(weight: QTensor) -> Tensor:
             codes = (unsigned - 2 ** (fmt.bits - 1)).double()
     if weight.zero_point is not None:
         codes = codes - _per_value(weight.zero_point, n, k)
-    return _per_value(weight.scale, n, k) * codes
+    return _per_value(_scales(weight), n, k) * codes
+
+
+def _scales(weight: QTensor) -> Tensor:
+    """(R, G) float. In 8 bits: a float32 offset, then per 256 scales a float32 absmax and codes;
+    scale = offset + absmax * levels[code], rounded to float32 as it is stored nowhere else.
+    """
+    assert weight.scale is not None
+    if not weight.scheme.double_quant:
+        return weight.scale
+    n, k = weight.shape
+    groups = k // (weight.scheme.group_size or k)
+    i = torch.arange(n * groups, device=weight.scale.device)
+    block = 4 + i // 256 * 260
+    code = weight.scale[block + 4 + i % 256].long()
+    absmax = _floats(weight.scale, block)
+    offset = _floats(weight.scale, torch.zeros_like(block))
+    levels = double_quant.levels().to(code.device)
+    return (levels[code] * absmax + offset).view(n, groups)
+
+
+def _floats(stored: Tensor, at: Tensor) -> Tensor:
+    """The float32 numbers whose first bytes are at these places."""
+    places = at.unsqueeze(1) + torch.arange(4, device=at.device)
+    return stored[places].view(torch.float32).view(-1)
 
 
 def _per_value(parameter: Tensor, n: int, k: int) -> Tensor:

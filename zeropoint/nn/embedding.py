@@ -55,7 +55,7 @@ class QEmbedding(QModule):
             assert self.kernel is not None
             return ops.embedding(indices, self.qweight, self._dtype, self.kernel)
         weight = self.float_weight()
-        if self.scheme.granularity == "tensor":
+        if self.scheme.granularity == "tensor" or self.scheme.double_quant:
             return nn.functional.embedding(
                 indices, ops.image(weight, self.scheme), self.padding_idx
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -112,9 +113,17 @@ class QModule(nn.Module):
         return parameter
 
     def freeze(self, weight: QTensor) -> None:
-        """Hold `weight` instead of the float parameter, and choose the kernel. In place."""
+        """Hold `weight` instead of the float parameter, and choose the kernel. In place.
+
+        Its scales may still be floats where the scheme stores them in 8 bits.
+        """
         if self.frozen:
             raise StateError("the module is frozen already")
+        if (
+            weight.scheme != self.scheme
+            and replace(self.scheme, double_quant=False) == weight.scheme
+        ):
+            weight = weight.with_scheme(self.scheme)
         if weight.scheme != self.scheme or tuple(weight.shape) != self.shape:
             raise StateError(
                 f"the module needs {self.scheme} of shape {self.shape}, not {weight.scheme} of "

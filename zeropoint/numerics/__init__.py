@@ -25,6 +25,7 @@ from torch import Tensor
 
 from zeropoint.errors import NonFiniteError, RecipeError, ScaleRangeError, UnknownNameError, nearest
 from zeropoint.numerics import affine
+from zeropoint.numerics import double_quant as _double_quant
 from zeropoint.numerics.formats import FORMATS, SCALE_DTYPES, Format, get_format
 from zeropoint.numerics.granularity import Granularity, blocked, rows_and_columns, scale_shape
 from zeropoint.numerics.grid import grid_codes, grid_values
@@ -139,7 +140,10 @@ def quantize(
         )
     zero_point = None
     if symmetric:
-        scale = affine.symmetric_scale(blocks, fmt.real_max, dtype)
+        # A codebook's scale is the block's largest magnitude, next to nothing for zeros: 1.0 among
+        # the scales that `double_quant` compresses together would cost all others their precision.
+        of_zeros = 0.0 if fmt.kind == "codebook" else 1.0
+        scale = affine.symmetric_scale(blocks, fmt.real_max, dtype, of_zeros=of_zeros)
     else:
         scale, zero_point = affine.asymmetric_parameters(blocks, fmt, dtype)
     codes = grid_codes(blocks, scale, zero_point, fmt)
@@ -206,10 +210,12 @@ def fake_quantize(
     group_size: int | None = None,
     symmetric: bool = True,
     scale_dtype: str = "float32",
+    double_quant: bool = False,
 ) -> Tensor:
     """dequantize(quantize(values)), in the dtype of the values.
 
-    Arguments and errors of `quantize`.
+    double_quant: with scales as `numerics.double_quant` stores them. Other arguments and errors of
+    `quantize`.
     """
     q = quantize(
         values,
@@ -219,7 +225,11 @@ def fake_quantize(
         symmetric=symmetric,
         scale_dtype=scale_dtype,
     )
-    return dequantize(q.codes, q.scale, q.zero_point, format).to(values.dtype)
+    scale = q.scale
+    if double_quant and scale is not None:
+        rows, groups = scale.shape
+        scale = _double_quant.expand(_double_quant.compress(scale), (rows, groups))
+    return dequantize(q.codes, scale, q.zero_point, format).to(values.dtype)
 
 
 def quantization_error(values: Tensor, image: Tensor) -> QuantizationError:

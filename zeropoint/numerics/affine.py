@@ -41,8 +41,12 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def symmetric_scale(blocks: Tensor, real_max: float, scale_dtype: torch.dtype) -> Tensor:
+def symmetric_scale(
+    blocks: Tensor, real_max: float, scale_dtype: torch.dtype, *, of_zeros: float = 1.0
+) -> Tensor:
     """scale = max |r| / real_max. blocks: (R, G, B) float; returns (R, G) of scale_dtype, > 0.
+
+    of_zeros: the scale of a block of zeros, rounded up like any other.
 
     A block whose non-zero values all have one magnitude gets that magnitude as its scale when
     `real_max` >= 1, which
@@ -54,7 +58,7 @@ def symmetric_scale(blocks: Tensor, real_max: float, scale_dtype: torch.dtype) -
     largest = largest.double()
     fits = one_magnitude & (largest <= torch.finfo(scale_dtype).max)
     scale = torch.where(fits, largest, largest / real_max)
-    return round_scale_up(torch.where(largest > 0, scale, 1.0), scale_dtype)
+    return round_scale_up(torch.where(largest > 0, scale, of_zeros), scale_dtype)
 
 
 def affine_parameters(

@@ -14,15 +14,16 @@ from zeropoint.numerics.formats import Format
 def codebook_codes(blocks: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     """The code of the level nearest to real / scale. blocks: (R, G, B) float; scale: (R, G);
     returns uint8.
+
+    A value between two levels has the lower one; of two codes with one level (fp4 has two zeros)
+    the first stands for values below or at it. Both as in bitsandbytes 0.50, bit for bit.
     """
     assert fmt.levels is not None
-    code_of = {level: code for code, level in reversed(list(enumerate(fmt.levels)))}  # -0.0 is 0.0
-    ordered = sorted(code_of)
-    levels = torch.tensor(ordered, dtype=torch.float32, device=blocks.device)
-    codes = torch.tensor([code_of[v] for v in ordered], dtype=torch.uint8, device=blocks.device)
+    levels = torch.tensor(fmt.levels, dtype=torch.float32, device=blocks.device)
+    levels, codes = levels.sort(stable=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
-    normalised = blocks.float() / scale.unsqueeze(-1).float()
-    return codes[torch.bucketize(normalised.contiguous(), midpoints)]
+    normalised = blocks.float() * (1.0 / scale.unsqueeze(-1).float())
+    return codes.to(torch.uint8)[torch.bucketize(normalised.contiguous(), midpoints)]
 
 
 def codebook_values(codes: Tensor, scale: Tensor, fmt: Format) -> Tensor:

@@ -74,7 +74,7 @@ NF4_LEVELS = (
 # bitsandbytes' fp4 (sign, 2 exponent bits, 1 mantissa bit), in its code order; 0.0625 / 12 is its
 # one subnormal.
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
-FP4_LEVELS = _FP4_MAGNITUDES + tuple(-m for m in _FP4_MAGNITUDES)
+FP4_LEVELS = _FP4_MAGNITUDES + tuple(0.0 - m for m in _FP4_MAGNITUDES)  # two zeros, no -0.0
 
 
 def _integer(bits: int, group_size: int | None) -> Format:
