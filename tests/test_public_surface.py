@@ -13,6 +13,7 @@ def test_exported_names_are_pinned():
         "Calibration",
         "Comparison",
         "Footprint",
+        "Memory",
         "QTensor",
         "Recipe",
         "Report",
@@ -26,8 +27,10 @@ def test_exported_names_are_pinned():
         "formats",
         "freeze",
         "load",
+        "memory",
         "numerics",
         "quantize",
+        "release",
         "save",
         "verify",
     ]

@@ -17,6 +17,7 @@ __all__ = [
     "Calibration",
     "Comparison",
     "Footprint",
+    "Memory",
     "QTensor",
     "Recipe",
     "Report",
@@ -30,8 +31,10 @@ __all__ = [
     "formats",
     "freeze",
     "load",
+    "memory",
     "numerics",
     "quantize",
+    "release",
     "save",
     "verify",
 ]
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from zeropoint.errors import ZeropointError
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
+    from zeropoint.evaluate.memory import Memory, memory, release
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
@@ -55,6 +59,7 @@ _HOMES = {
     "Calibration": "zeropoint.flows.data",
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
+    "Memory": "zeropoint.evaluate.memory",
     "QTensor": "zeropoint.qtensor",
     "Recipe": "zeropoint.scheme",
     "Report": "zeropoint.flows.report",
@@ -66,7 +71,9 @@ _HOMES = {
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",
     "load": "zeropoint.model.load",
+    "memory": "zeropoint.evaluate.memory",
     "quantize": "zeropoint.flows.ptq",
+    "release": "zeropoint.evaluate.memory",
     "save": "zeropoint.model.save",
     "verify": "zeropoint.checkpoints.native",
 }
