@@ -86,9 +86,18 @@ def __getattr__(name: str) -> Any:
     elif name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     else:
-        raise AttributeError(f"module 'zeropoint' has no attribute {name!r}")
+        raise AttributeError(f"module 'zeropoint' has no attribute {name!r}{_instead(name)}")
     globals()[name] = value
     return value
+
+
+def _instead(name: str) -> str:
+    """What to write instead of another library's name; nothing for other names."""
+    if name.startswith("_"):
+        return ""
+    from zeropoint.integrations.spellings import SPELLINGS
+
+    return f"; write {SPELLINGS[name]}" if name in SPELLINGS else ""
 
 
 def __dir__() -> list[str]:
