@@ -45,7 +45,7 @@ from zeropoint.model.walk import (
     weight_sites,
 )
 from zeropoint.nn import QModule, quantized_type
-from zeropoint.numerics import check_finite
+from zeropoint.numerics import check_finite, check_range
 from zeropoint.progress import OnStep, no_progress
 from zeropoint.scheme import PER_CHANNEL, Recipe, Role, Rule, Scheme
 
@@ -83,8 +83,8 @@ def quantize(
     coverage into warnings.
 
     Raises StateError (quantized already, or on the meta device), UnusedRuleError, GroupSizeError,
-    CoverageError, NonFiniteError, RecipeError, UnknownNameError. The model is unchanged when it
-    raises.
+    CoverageError, NonFiniteError, ScaleRangeError, RecipeError, UnknownNameError. The model is
+    unchanged when it raises.
     """
     if is_quantized(model):
         raise StateError("the model is quantized already; call zp.dequantize(model) first")
@@ -127,11 +127,12 @@ def quantize(
     ]
     if strict and warnings:
         raise warnings[0]
-    for site in plan.schemes:
+    for site, scheme in plan.schemes.items():
         try:
             for parameter in site.module.parameters(recurse=False):
                 if parameter.dim() >= 2:
                     check_finite(parameter)
+                    check_range(parameter, scheme.format)
         except ZeropointError as e:
             raise type(e)(f"{site.name}.weight: {e}") from e
     report = _report(model, sites, plan, recipe, tuple(str(w) for w in warnings))
