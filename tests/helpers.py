@@ -52,7 +52,9 @@ GRIDS = [(f.name, symmetric) for f in SCALED for symmetric in symmetries(f)]
 
 
 def schemes(group_size: int = 32) -> list[Scheme]:
-    """Every format, symmetric or not if it may, per tensor, per channel and per group."""
+    """Every format, symmetric or not if it may, per tensor, per channel and per group; codebooks
+    with scales in 8 bits too.
+    """
     result = [Scheme.of(f.name) for f in DOWNCASTS]
     for name, symmetric in GRIDS:
         for granularity in ("tensor", "channel", "group"):
@@ -66,12 +68,12 @@ def schemes(group_size: int = 32) -> list[Scheme]:
                     scale_dtype="float16" if grouped else "float32",
                 )
             )
-    return result
+    return result + [Scheme.of(f.name, group_size=group_size, double_quant=True) for f in CODEBOOKS]
 
 
 def defaults() -> list[Scheme]:
-    """The default scheme of every format."""
-    return [Scheme.of(name) for name in FORMATS]
+    """The default scheme of every format, and that of bitsandbytes."""
+    return [*(Scheme.of(name) for name in FORMATS), Scheme.of("nf4", double_quant=True)]
 
 
 def example_weight(n: int = 5, k: int = 96, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -204,8 +206,8 @@ def summing_bound(x, weight: QTensor) -> torch.Tensor:
     """
     if weight.scheme.fmt.kind == "integer":
         n, k = weight.shape
-        assert weight.scale is not None
-        scale = weight.scale.double().expand(n, -1)
+        assert weight.scales is not None
+        scale = weight.scales.double().abs().expand(n, -1)
         offset = 2.0 ** (weight.scheme.fmt.bits - 1)
         if weight.zero_point is not None:
             offset = offset + weight.zero_point.double().abs().expand_as(scale)

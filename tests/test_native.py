@@ -85,11 +85,9 @@ def scheme_of(name, symmetric=True, group_size=None, scale_dtype="float32", acti
 
 def by_torch(weight, scheme) -> QTensor:
     """What `rtn` returns where there is no native library."""
-    fields = dataclasses.asdict(scheme)
-    del fields["activations"]
-    return QTensor.from_codes(
-        quantize(weight, fields.pop("format"), **fields), scheme, weight.dtype
-    )
+    names = ("format", "granularity", "group_size", "symmetric", "scale_dtype")
+    quantized = quantize(weight, **{name: getattr(scheme, name) for name in names})
+    return QTensor.from_codes(quantized, scheme, weight.dtype)
 
 
 def assert_same(found: QTensor, expected: QTensor) -> None:

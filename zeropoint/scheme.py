@@ -41,7 +41,8 @@ class Scheme:
     group_size: values along K that share a scale, for "group" only. symmetric: zero_point = 0.
     scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to
     it.
-    double_quant: the scales of groups are stored in 8 bits themselves (`numerics.double_quant`).
+    double_quant: nf4 and fp4 only; the scales of groups are stored in 8 bits themselves
+    (`numerics.double_quant`).
     activations: None (inputs stay float), or "int8", "float8_e4m3fn", "float8_e5m2": the input of a
     linear layer is rounded before it is multiplied, each token with its own scale, or the whole
     tensor with the range that `zp.calibrate` has seen.
@@ -110,11 +111,12 @@ class Scheme:
     def _check_double_quant(self) -> None:
         if not isinstance(self.double_quant, bool):
             raise RecipeError(f"double_quant={self.double_quant!r} is not true or false")
-        if self.double_quant and (self.granularity != "group" or self.scale_dtype != "float32"):
+        stored = (self.fmt.kind, self.granularity, self.scale_dtype)
+        if self.double_quant and stored != ("codebook", "group", "float32"):
             raise RecipeError(
-                f"double_quant=True stores float32 scales of groups in 8 bits, but the scales are "
-                f"{self.scale_dtype}, per {self.granularity}; give a group_size and "
-                "scale_dtype='float32', or leave double_quant out"
+                "double_quant=True is for nf4 and fp4 with a group_size and scale_dtype='float32', "
+                f"not {self.format} per {self.granularity} with {self.scale_dtype} scales; "
+                "leave it out"
             )
 
     @classmethod
@@ -133,7 +135,7 @@ class Scheme:
 
         group_size: None for the format's default, -1 for one scale per channel. symmetric: None for
         the default. Scales of groups are float16; those of codebooks are float32, as bitsandbytes
-        has them, and so are those that double_quant stores in 8 bits.
+        has them.
 
         >>> str(Scheme.of("int4"))
         'int4 g32 asymmetric'
@@ -144,13 +146,13 @@ class Scheme:
         size = fmt.group_size if group_size is None else group_size
         if size == PER_CHANNEL:
             size = None
-        wide = double_quant or fmt.kind == "codebook"
+        narrow = size is not None and fmt.kind != "codebook"
         return cls(
             format=format,
             granularity="channel" if size is None else "group",
             group_size=size,
             symmetric=fmt.symmetric if symmetric is None else symmetric,
-            scale_dtype="float16" if size and not wide else "float32",
+            scale_dtype="float16" if narrow else "float32",
             double_quant=double_quant,
             activations=activations,
             outlier_threshold=outlier_threshold,
@@ -363,11 +365,7 @@ def _rule(row: Any) -> Rule:
         del options["group_size"]
         options.setdefault("granularity", "channel")
     per_block = options.get("granularity") in ("tensor", "channel")
-    default = Scheme.of(
-        weights,
-        group_size=PER_CHANNEL if per_block else options.get("group_size"),
-        double_quant=options.get("double_quant") is True,
-    )
+    default = Scheme.of(weights, group_size=PER_CHANNEL if per_block else options.get("group_size"))
     return Rule(
         match=row["match"], role=row.get("role"), scheme=dataclasses.replace(default, **options)
     )

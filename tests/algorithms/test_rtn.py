@@ -8,8 +8,11 @@ from zeropoint.algorithms.rtn import rtn
 from zeropoint.errors import GroupSizeError, NonFiniteError, ScaleRangeError
 from zeropoint.scheme import Scheme
 
+# Codes are chosen before scales become 8-bit, and blocks of scales span rows.
+plain = [s for s in schemes() if not s.double_quant]
 
-@pytest.mark.parametrize("scheme", [s for s in schemes() if s.fmt.kind != "downcast"], ids=str)
+
+@pytest.mark.parametrize("scheme", [s for s in plain if s.fmt.kind != "downcast"], ids=str)
 def test_no_code_is_nearer_to_a_weight_than_the_one_chosen(scheme):
     weight = example_weight()
     q = rtn(weight, scheme)
@@ -27,7 +30,7 @@ def test_a_transposed_weight_gives_the_same_bytes(scheme):
         assert torch.equal(found.parts[suffix], part), suffix
 
 
-@pytest.mark.parametrize("scheme", defaults(), ids=str)
+@pytest.mark.parametrize("scheme", [s for s in defaults() if not s.double_quant], ids=str)
 def test_rows_are_quantized_independently(scheme):
     weight = example_weight(k=64)
     whole, row = rtn(weight, scheme), rtn(weight[3:4], scheme)

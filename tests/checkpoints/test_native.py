@@ -326,7 +326,7 @@ def test_an_edited_manifest_is_refused(path):
         manifest["tied"] = {"layer.weight": "embed.weight"}
 
     edit_manifest(path, swap, sign=False)
-    both_refuse(path, "zeropoint.json was changed or damaged after it was written")
+    both_refuse(path, "zeropoint.json: the manifest was changed or damaged after it was written")
 
 
 @pytest.mark.parametrize("key", ["weights", "tensors", "tied", "files"])
@@ -345,7 +345,7 @@ def test_a_manifest_without_a_part_is_refused(path, key, value):
         write_manifest(path, rest | {"digest": native._digest(rest)}, sign=False)
     else:
         write_manifest(path, manifest | {"files": files})
-    both_refuse(path, f"zeropoint.json has no '{key}'")
+    both_refuse(path, f"zeropoint.json: the manifest has no '{key}'")
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../b.safetensors"])

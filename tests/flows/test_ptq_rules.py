@@ -121,7 +121,7 @@ def test_a_module_that_no_rule_matches_is_kept():
 
 
 def test_a_recipe_and_arguments_together_are_refused():
-    message = "give either a recipe, or weights / group_size / .* / exclude; not weights"
+    message = "give either a recipe, or weights / group_size / .* / exclude; not "
     recipe = Recipe(rules=(Rule(match="*", scheme=INT8),))
     for arguments in (
         {"weights": "int8"},

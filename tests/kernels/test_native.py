@@ -80,9 +80,8 @@ def weight_of(scheme, n, k) -> QTensor:
     weight[0, k // 2] = 0.7
     weight[1 % n] = 0.0
     weight[2 % n] = -weight[2 % n].abs()
-    fields = dataclasses.asdict(scheme)
-    del fields["activations"]
-    quantized = quantize(weight, fields.pop("format"), **fields)
+    names = ("format", "granularity", "group_size", "symmetric", "scale_dtype")
+    quantized = quantize(weight, **{name: getattr(scheme, name) for name in names})
     return QTensor.from_codes(quantized, scheme, torch.float32)
 
 
@@ -118,6 +117,9 @@ def weights(name, symmetric, activations=None):
                 granularity,
                 group_size,
                 scale_dtype=scale_dtype,
+                double_quant=scale_dtype == "float32"
+                and granularity == "group"
+                and FORMATS[name].kind == "codebook",
                 activations=activations,
             )
             yield weight_of(scheme, n, k)

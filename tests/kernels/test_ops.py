@@ -142,11 +142,15 @@ def test_embedding_keeps_the_operator_contract(scheme):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_image_keeps_the_operator_contract(scheme, layout):
     weight = noise(5, 64) if layout == "contiguous" else noise(64, 5).t()
-    fields = (scheme.format, scheme.granularity, scheme.group_size or 0)
-    torch.library.opcheck(
-        torch.ops.zeropoint.image,
-        (weight.requires_grad_(), *fields, scheme.symmetric, scheme.scale_dtype),
+    fields = (
+        scheme.format,
+        scheme.granularity,
+        scheme.group_size or 0,
+        scheme.symmetric,
+        scheme.scale_dtype,
+        scheme.double_quant,
     )
+    torch.library.opcheck(torch.ops.zeropoint.image, (weight.requires_grad_(), *fields))
 
 
 @every_default

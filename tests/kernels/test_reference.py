@@ -25,7 +25,7 @@ def exact_value(weight, row, column):
         "channel": (row, 0),
         "group": (row, column // (scheme.group_size or 1)),
     }[scheme.granularity]
-    scale = Fraction(weight.scale[at].item())
+    scale = Fraction(weight.scales[at].item())
     if fmt.kind == "codebook":
         return scale * Fraction(fmt.levels[code])
     if fmt.kind == "float8":

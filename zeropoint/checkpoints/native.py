@@ -1,9 +1,13 @@
 """The native format: safetensors + config.json + a manifest.
 `docs/checkpoint-format.md` is its specification.
 
-    model.safetensors   x.weight (packed, 1-D), its scale and zero_point, the rest as it is
+    model.safetensors   x.weight (packed, 1-D), its scale and zero_point, the rest as it is; in the
+                        header of each file the manifest: every tensor's scheme and shape
     config.json         the model's configuration, with quantization_config
-    zeropoint.json      the manifest: every tensor's scheme and shape, every file's size and hash
+    zeropoint.json      the manifest again, with every file's size and hash
+
+zeropoint.json is missing where transformers wrote the files (`save_pretrained`); the header then
+holds a hash of every tensor instead.
 
 Packed codes never have the shape of the float weight whose name they carry, so a loader that does
 not know the format fails on the shape instead of running codes as weights.
@@ -14,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +40,7 @@ MANIFEST = "zeropoint.json"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 QUANT_METHOD = "zeropoint"
+HEADER = "zeropoint"  # the manifest's key in the metadata of safetensors files
 MAX_SHARD_BYTES = 5_000_000_000
 _SLACK_BYTES = (
     32_000_000  # headers, configuration, tokenizer: what a checkpoint holds beside its tensors
@@ -75,20 +80,38 @@ def write(path: Path, contents: Contents, *, overwrite: bool) -> Iterator[Path]:
     def may_replace(existing: Path) -> str | None:
         return why_not_replace(existing, overwrite)
 
+    manifest = _manifest(contents)
     with replace_directory(path, may_replace=may_replace, needed_bytes=needed) as folder:
-        _write_shards(folder, tensors)
-        quantization = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION}
+        _write_shards(folder, tensors, _header(manifest))
         config = dict(contents.config) | {
-            "quantization_config": quantization | {"recipe": contents.recipe.to_dict()}
+            "quantization_config": quantization_config(contents.recipe)
         }
         _write_json(folder / CONFIG, config)
         yield folder
-        _write_json(folder / MANIFEST, _manifest(folder, contents))
+        _write_json(folder / MANIFEST, _signed(manifest | {"files": _files(folder)}))
+
+
+def quantization_config(recipe: Recipe) -> dict[str, Any]:
+    """What config.json says of the quantization."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.to_dict(),
+    }
+
+
+def header(contents: Contents) -> dict[str, str]:
+    """The metadata of safetensors files that somebody else writes, with a hash of every tensor."""
+    stored = dict(contents.tensors)
+    for name, weight in contents.qweights.items():
+        stored |= {name + suffix: part for suffix, part in weight.parts.items()}
+    hashes = {name: _tensor_sha256(tensor) for name, tensor in stored.items()}
+    return _header(_manifest(contents) | {"hashes": hashes})
 
 
 def why_not_replace(existing: Path, overwrite: bool) -> str | None:
     """Why a non-empty folder must not be replaced by a checkpoint, or None."""
-    if not (existing / MANIFEST).is_file():
+    if not is_checkpoint(existing):
         return (
             f"it holds no {MANIFEST}, so it is not a checkpoint and is not replaced; "
             "choose another folder"
@@ -96,14 +119,14 @@ def why_not_replace(existing: Path, overwrite: bool) -> str | None:
     return None if overwrite else "use overwrite=True (--overwrite) to replace the checkpoint in it"
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _write_shards(folder: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in tensors.items():
         held = sum(t.nbytes for t in shards[-1].values())
         if shards[-1] and held + tensor.nbytes > MAX_SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor.detach().contiguous().cpu()
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt"} | header
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata=metadata)
         return
@@ -116,13 +139,16 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _manifest(folder: Path, contents: Contents) -> dict[str, Any]:
-    files = {
+def _files(folder: Path) -> dict[str, Any]:
+    return {
         str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
-    manifest: dict[str, Any] = {
+
+
+def _manifest(contents: Contents) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "weights": {
             name: {
@@ -137,14 +163,25 @@ def _manifest(folder: Path, contents: Contents) -> dict[str, Any]:
             for name, t in contents.tensors.items()
         },
         "tied": dict(contents.tied),
-        "files": files,
     }
-    return manifest | {"digest": _digest(manifest)}
+
+
+def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {**manifest, "digest": _digest(manifest)}
+
+
+def _header(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {HEADER: json.dumps(_signed(manifest), separators=(",", ":"))}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     rest = {k: v for k, v in manifest.items() if k != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_sha256(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -167,8 +204,14 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the folder holds a manifest of this format."""
-    return (path / MANIFEST).is_file()
+    """Whether the folder holds a checkpoint of this format, whoever wrote it."""
+    if (path / MANIFEST).is_file():
+        return True
+    try:
+        quantization = _read_json(path / CONFIG).get("quantization_config")
+    except CheckpointError:
+        return False
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
 def read(path: Path) -> Contents:
@@ -177,12 +220,8 @@ def read(path: Path) -> Contents:
     Tensors are memory-mapped: reading costs no memory beyond them. Raises CheckpointError.
     """
     manifest = _read_manifest(path)
-    files = [f for f in manifest["files"] if f.endswith(".safetensors")]
-    for file, row in manifest["files"].items():
-        problem = _file_problem(path, file, row)
-        if problem is not None:
-            raise CheckpointError(f"{path}: {problem}; `zeropoint verify {path}` lists all damage")
-    stored = _read_tensors(path, files)
+    problems = (_file_problem(path, file, row) for file, row in manifest["files"].items())
+    stored = _checked(path, problems, manifest)
     try:
         qweights = {name: _qtensor(name, row, stored) for name, row in manifest["weights"].items()}
         tensors = {name: _tensor(name, row, stored) for name, row in manifest["tensors"].items()}
@@ -198,6 +237,32 @@ def read(path: Path) -> Contents:
         recipe=_recipe(path, config),
         config=config,
     )
+
+
+def _checked(
+    path: Path, problems: Iterator[str | None], manifest: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The stored tensors, once files and tensors have the hashes they had when written."""
+    advice = f"`zeropoint verify {path}` lists all damage"
+    for problem in problems:
+        if problem is not None:
+            raise CheckpointError(f"{path}: {problem}; {advice}")
+    stored = _read_tensors(path, _tensor_files(path, manifest))
+    for problem in _hash_problems(stored, manifest):
+        raise CheckpointError(f"{path}: {problem}; {advice}")
+    return stored
+
+
+def _tensor_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Names of the safetensors files: those the manifest lists, or all there are."""
+    listed = manifest["files"] if (path / MANIFEST).is_file() else (p.name for p in path.iterdir())
+    return sorted(f for f in listed if f.endswith(".safetensors"))
+
+
+def _hash_problems(stored: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> Iterator[str]:
+    for name, expected in manifest["hashes"].items():
+        if name in stored and _tensor_sha256(stored[name]) != expected:
+            yield f"{name} has another SHA-256 than when written: a bit flipped, or it was replaced"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -228,7 +293,42 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = _read_json(path / MANIFEST)
+    """The manifest: the file, or where there is none, the headers."""
+    if (path / MANIFEST).is_file():
+        return _parsed(path / MANIFEST, _read_json(path / MANIFEST), ("hashes",))
+    return read_header(sorted(path.glob("*.safetensors")))
+
+
+def read_header(files: Sequence[Path]) -> dict[str, Any]:
+    """The manifest in the headers of a checkpoint's safetensors files. Raises CheckpointError."""
+    texts: dict[str | None, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                texts[(tensors.metadata() or {}).get(HEADER)] = file
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{file} cannot be read: {e}") from e
+    if None in texts or not texts:
+        raise CheckpointError(
+            f"{texts.get(None, 'the folder')} has no {HEADER!r} in the header of its safetensors; "
+            "the model was not saved as a zeropoint checkpoint"
+        )
+    if len(texts) > 1:
+        first, other = list(texts.values())[:2]
+        raise CheckpointError(f"{first} and {other} are shards of different checkpoints")
+    text, file = texts.popitem()
+    assert text is not None
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{file}: the {HEADER!r} in its header cannot be read: {e}") from e
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{file}: the {HEADER!r} in its header is not a JSON object")
+    return _parsed(file, manifest, ("files", "hashes"))
+
+
+def _parsed(path: Path, manifest: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:
+    """The manifest after its checks; what is optional is empty where it is not there."""
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(
@@ -237,13 +337,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             "upgrade: pip install -U zeropoint"
         )
     if manifest.get("digest") != _digest(manifest):
-        raise CheckpointError(f"{path}/{MANIFEST} was changed or damaged after it was written")
-    for key in ("weights", "tensors", "tied", "files"):
+        raise CheckpointError(f"{path}: the manifest was changed or damaged after it was written")
+    manifest = {key: {} for key in optional} | manifest
+    for key in ("weights", "tensors", "tied", "files", "hashes"):
         if not isinstance(manifest.get(key), dict):
-            raise CheckpointError(f"{path}/{MANIFEST} has no {key!r}")
+            raise CheckpointError(f"{path}: the manifest has no {key!r}")
     for file in manifest["files"]:
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise CheckpointError(f"{path}/{MANIFEST} names {file!r}, which is outside the folder")
+            raise CheckpointError(f"{path} names {file!r}, which is outside the folder")
     return manifest
 
 
@@ -333,9 +434,10 @@ def verify(path: str | Path, *, on_step: OnStep = no_progress) -> list[str]:
         problem = _file_problem(path, file, row)
         if problem is not None:
             problems.append(problem)
-    listed = {*files, MANIFEST}
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
-    problems += [f"{file} is not in the manifest" for file in sorted(present - listed)]
+    if files:
+        unlisted = sorted(present - {*files, MANIFEST})
+        problems += [f"{file} is not in the manifest" for file in unlisted]
     problems += _tensor_problems(
         path, manifest, sorted(f for f in present if f.endswith(".safetensors"))
     )
@@ -351,7 +453,7 @@ def _tensor_problems(path: Path, manifest: Mapping[str, Any], files: list[str]) 
         stored = _read_tensors(path, files)
     except CheckpointError as e:
         return [str(e)]
-    problems = []
+    problems = list(_hash_problems(stored, manifest))
     for name, row in manifest["weights"].items():
         try:
             weight = _qtensor(name, row, stored)

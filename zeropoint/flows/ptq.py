@@ -72,9 +72,10 @@ def quantize(
 
     weights: a format name ("int8" when there is no recipe). group_size: values per scale along the
     input dimension; None for the format's default, -1 for one scale per output channel. symmetric:
-    None for the format's default. double_quant: store the scales of groups in 8 bits. activations:
-    "int8", "float8_e4m3fn" or "float8_e5m2" rounds the inputs of linear layers too, every token
-    with a scale of its own, or after `zp.calibrate` with one range for all; None leaves them float.
+    None for the format's default. double_quant: store the scales of nf4 and fp4 in 8 bits.
+    activations: "int8", "float8_e4m3fn" or "float8_e5m2" rounds the inputs of linear layers too,
+    every token with a scale of its own, or after `zp.calibrate` with one range for all; None leaves
+    them float.
     outlier_threshold: keep input channels in which any |x| reaches it float, 6.0 for LLM.int8().
     compute_dtype: the dtype in which linear layers multiply, whatever the model's own is.
     include, exclude: `fnmatch` patterns on module names. Embeddings and heads get int8 per row when
