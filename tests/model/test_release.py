@@ -86,8 +86,35 @@ def compiled() -> nn.Module:
     return model
 
 
+def optimized() -> Any:
+    """torch.compile's wrapper around the model."""
+    model = torch.compile(build("llama"), backend="eager")
+    outputs(model)
+    return model
+
+
+def parametrized() -> nn.Module:
+    """Modules whose class torch made up."""
+    model = build("bert")
+    for layer in model.encoder.layer:
+        torch.nn.utils.parametrizations.weight_norm(layer.intermediate.dense)
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    f.__name__: f for f in (plain, trained, generated, live, frozen, hooked, dispatched, compiled)
+    f.__name__: f
+    for f in (
+        plain,
+        trained,
+        generated,
+        live,
+        frozen,
+        hooked,
+        dispatched,
+        compiled,
+        optimized,
+        parametrized,
+    )
 }
 
 

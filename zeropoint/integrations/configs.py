@@ -360,8 +360,8 @@ def _skip(
     if names:
         options["exclude"] = patterns(names)
         notes.append(
-            f"{field} is exclude: {', '.join(names)} stay as they are; embeddings that are not "
-            f"among them (or tied to one) {wide}, where {theirs} leaves them float"
+            f"{field} is exclude: modules named {', '.join(names)} stay as they are; embeddings "
+            f"that are not among them (or tied to one) {wide}, where {theirs} leaves them float"
         )
     else:
         notes.append(
