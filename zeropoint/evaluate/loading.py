@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +23,6 @@ from zeropoint import errors
 from zeropoint.errors import UnknownNameError, ZeropointError, nearest
 from zeropoint.evaluate.footprint import footprint
 from zeropoint.evaluate.memory import peak_rss_bytes, resident_bytes
-from zeropoint.model.load import load
 from zeropoint.progress import OnStep, no_progress
 
 # To add a row: a line here, with the arguments of `zp.load`.
@@ -105,7 +105,10 @@ def bench_loading(
 
 def _in_a_new_process(job: dict[str, Any]) -> dict[str, Any]:
     """What `measure` prints there; where it printed nothing, why it ended."""
-    code = "from zeropoint.evaluate.loading import measure; measure()"
+    # The process is a user of the public surface, whose `load` is beyond this room's reach.
+    code = (
+        "import zeropoint; from zeropoint.evaluate.loading import measure as m; m(zeropoint.load)"
+    )
     run = [sys.executable, "-c", code, json.dumps(job)]
     ended = subprocess.run(run, capture_output=True, text=True)
     if ended.returncode == 0:
@@ -113,14 +116,17 @@ def _in_a_new_process(job: dict[str, Any]) -> dict[str, Any]:
         return answer
     if ended.returncode < 0:
         name = signal.Signals(-ended.returncode).name
-        hint = ": there was not enough memory" if name == "SIGKILL" else ""
+        hint = ", as it does when memory runs out" if name == "SIGKILL" else ""
         return {"row": {"refused": f"the process ended by {name}{hint}"}}
     last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
     return {"row": {"refused": last[0]}}
 
 
-def measure() -> None:
-    """Load as sys.argv says and print the figures as JSON: what runs in the new process."""
+def measure(load: Callable[..., tuple[Any, Any]]) -> None:
+    """Load as sys.argv says and print the figures as JSON: what runs in the new process.
+
+    load: `zp.load`.
+    """
     job = json.loads(sys.argv[1])
     if job["threads"] is not None:
         torch.set_num_threads(job["threads"])
