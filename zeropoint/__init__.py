@@ -19,6 +19,7 @@ __all__ = [
     "Calibration",
     "Comparison",
     "Footprint",
+    "Memory",
     "QTensor",
     "Recipe",
     "Report",
@@ -33,8 +34,10 @@ __all__ = [
     "formats",
     "freeze",
     "load",
+    "memory",
     "numerics",
     "quantize",
+    "release",
     "save",
     "verify",
 ]
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from zeropoint.errors import ZeropointError
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
+    from zeropoint.evaluate.memory import Memory, memory, release
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
@@ -59,6 +63,7 @@ _HOMES = {
     "Calibration": "zeropoint.flows.data",
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
+    "Memory": "zeropoint.evaluate.memory",
     "QTensor": "zeropoint.qtensor",
     "Recipe": "zeropoint.scheme",
     "Report": "zeropoint.flows.report",
@@ -71,7 +76,9 @@ _HOMES = {
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",
     "load": "zeropoint.integrations.load",
+    "memory": "zeropoint.evaluate.memory",
     "quantize": "zeropoint.flows.ptq",
+    "release": "zeropoint.evaluate.memory",
     "save": "zeropoint.model.save",
     "verify": "zeropoint.checkpoints.native",
 }
@@ -87,9 +94,18 @@ def __getattr__(name: str) -> Any:
     elif name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     else:
-        raise AttributeError(f"module 'zeropoint' has no attribute {name!r}")
+        raise AttributeError(f"module 'zeropoint' has no attribute {name!r}{_instead(name)}")
     globals()[name] = value
     return value
+
+
+def _instead(name: str) -> str:
+    """What to write instead of another library's name; nothing for other names."""
+    if name.startswith("_"):
+        return ""
+    from zeropoint.integrations.spellings import SPELLINGS
+
+    return f"; write {SPELLINGS[name]}" if name in SPELLINGS else ""
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ ZeropointError
 │   ├── GroupSizeError      a group size that does not divide the input dimension
 │   └── CoverageError       less of the model would be quantized than the recipe promises
 ├── WeightError             a weight that cannot be stored in the format asked for
-│   ├── NonFiniteError      NaN or Inf in a weight
+│   ├── NonFiniteError      NaN or Inf in a weight, or in what a model answers
 │   └── ScaleRangeError     a value or scale outside what its storage dtype can hold
 ├── StateError              the model is not in the state the call needs (live, frozen, float)
 ├── SourceError             a model that cannot be found or loaded
@@ -51,7 +51,7 @@ class WeightError(ZeropointError):
 
 
 class NonFiniteError(WeightError):
-    """NaN or Inf in a weight."""
+    """NaN or Inf in a weight, or in what a model answers."""
 
 
 class ScaleRangeError(WeightError):

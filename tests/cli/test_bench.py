@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from cli.conftest import Cli
+from zeropoint.evaluate import loading
+from zeropoint.evaluate.loading import Loading, Loadings
 
 ARGUMENTS = ("--prompt-tokens", 8, "--new-tokens", 3)
 
@@ -32,3 +34,37 @@ def test_more_tokens_than_the_context(cli: Cli, llama: Path) -> None:
     ran = cli("bench", llama, "--prompt-tokens", 60, "--new-tokens", 10)
     assert ran.code == 2
     assert "64" in ran.err
+
+
+def test_loading(cli: Cli, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (
+        Loading(
+            loaded_as="float32",
+            resident_bytes=2_500_000,
+            peak_bytes=3_500_000,
+            tensor_bytes=2_000_000,
+            seconds=1.25,
+        ),
+        Loading(loaded_as="int4", refused="lm_head: K=20 is not a multiple of group_size=32"),
+    )
+    seen: dict[str, object] = {}
+
+    def bench_loading(source: str, **options: object) -> Loadings:
+        seen.update(options, source=source)
+        return Loadings(rows=rows, idle_bytes=300_000_000)
+
+    monkeypatch.setattr(loading, "bench_loading", bench_loading)
+    ran = cli("bench", llama, "--load", "--threads", 1)
+    assert (ran.code, ran.err) == (0, "")
+    assert (seen["source"], seen["threads"]) == (str(llama), 1)
+    lines = [" ".join(line.split()) for line in ran.out.splitlines()]
+    assert "float32 2.5 MB 3.5 MB 2.0 MB 1.2" in lines
+    assert "int4 lm_head: K=20 is not a multiple of group_size=32" in lines
+    assert "above the 300.0 MB of a process that has loaded nothing" in ran.out
+
+
+@pytest.mark.parametrize("option", ["--prompt-tokens", "--new-tokens"])
+def test_what_loading_would_ignore_is_refused(cli: Cli, llama: Path, option: str) -> None:
+    ran = cli("bench", llama, "--load", option, 4)
+    assert ran.code == 2
+    assert f"{option} is for timing; with --load nothing is run, leave it out" in ran.err

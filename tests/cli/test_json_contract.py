@@ -68,6 +68,7 @@ RUNS: dict[str, Callable[[Path, Path, Path, Path], tuple[object, ...]]] = {
     "bench": lambda llama, int8, words, out: (
         *("bench", int8, "--prompt-tokens", 4, "--new-tokens", 2),
     ),
+    "bench --load": lambda llama, int8, words, out: ("bench", llama, "--load"),
     "verify": lambda llama, int8, words, out: ("verify", int8),
     "doctor": lambda llama, int8, words, out: ("doctor",),
 }

@@ -48,3 +48,20 @@ def test_a_checkpoint_loads_onto_the_gpu(tmp_path):
     zp.save(model, tmp_path / "m")
     loaded, _ = zp.load(tmp_path / "m", device_map="cuda:0")
     assert all(t.is_cuda for t in (*loaded.parameters(), *loaded.buffers()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_released_model_gives_the_gpu_back(frozen):
+    torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")  # the workspace of cuBLAS
+    before = zp.memory().devices[0]
+    model = build("llama-tied").to("cuda")
+    if frozen:
+        zp.quantize(model)
+        zp.freeze(model)
+    model(**{name: tensor.to("cuda") for name, tensor in example_inputs(model).items()})
+    during = zp.memory().devices[0]
+    zp.release(model)
+    after = zp.memory().devices[0]
+    assert during.allocated_bytes > before.allocated_bytes
+    assert after.allocated_bytes == before.allocated_bytes
+    assert after.reserved_bytes <= during.reserved_bytes

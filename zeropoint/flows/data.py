@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from zeropoint.errors import RecipeError, TextError
+from zeropoint.errors import RecipeError, StateError, TextError
 from zeropoint.flows.generate import context_length
 from zeropoint.model.capture import Batch
 from zeropoint.progress import OnStep, no_progress
 
 SELF = "self"
 SHORTEST = 4  # tokens; less says nothing about a model that reads text
+_QUANTO = ("momentum", "streamline", "debug")  # options of optimum-quanto's class of this name
 Data = str | Sequence[str] | Tensor | Sequence[Tensor] | Sequence[Mapping[str, Tensor]]
 
 
@@ -46,6 +47,26 @@ class Calibration:
                 raise RecipeError(f"{name}={getattr(self, name)}: use at least {SHORTEST}")
         if not 0 <= self.propagate <= 1:
             raise RecipeError(f"propagate={self.propagate} is not a share between 0 and 1")
+
+    if not TYPE_CHECKING:  # checkers read the dataclass's own signature
+
+        def __new__(cls, *args: Any, **options: Any) -> Calibration:
+            if not options.keys().isdisjoint(_QUANTO):
+                _not_a_context()
+            return super().__new__(cls)
+
+        def __enter__(self) -> NoReturn:
+            _not_a_context()
+
+        def __exit__(self, *error: object) -> None:
+            """`with` asks for it before it calls `__enter__`."""
+
+
+def _not_a_context() -> NoReturn:
+    raise StateError(
+        "zp.Calibration holds the options of zp.freeze; to see the ranges of activations, write "
+        "with zp.calibrate(model): model(**batch)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from zeropoint.model.walk import (
     weight_sites,
 )
 from zeropoint.nn import QModule, quantized_type
-from zeropoint.numerics import check_finite
+from zeropoint.numerics import check_finite, check_range
 from zeropoint.progress import OnStep, no_progress
 from zeropoint.scheme import PER_CHANNEL, Recipe, Role, Rule, Scheme
 
@@ -84,8 +84,8 @@ def quantize(
     coverage into warnings.
 
     Raises StateError (quantized already, or on the meta device), UnusedRuleError, GroupSizeError,
-    CoverageError, NonFiniteError, RecipeError, UnknownNameError. The model is unchanged when it
-    raises.
+    CoverageError, NonFiniteError, ScaleRangeError, RecipeError, UnknownNameError. The model is
+    unchanged when it raises.
     """
     options = {
         "weights": weights,
@@ -99,13 +99,14 @@ def quantize(
         "exclude": exclude,
     }
     plan = planned(model, options, recipe=recipe, strict=strict)
-    for site in plan.schemes:
+    for site, scheme in plan.schemes.items():
         try:
             for parameter in site.module.parameters(recurse=False):
                 if parameter.device.type == "meta":
                     raise StateError("on the meta device, without values; load the weights first")
                 if parameter.dim() >= 2:
                     check_finite(parameter)
+                    check_range(parameter, scheme.format)
         except ZeropointError as e:
             raise type(e)(f"{site.name}.weight: {e}") from e
     for site, scheme in plan.schemes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from zeropoint.errors import RecipeError, SourceError
 from zeropoint.flows.ptq import Patterns, freeze, quantize
+from zeropoint.integrations.configs import from_flags, translate
 from zeropoint.integrations.placement import place, several_devices
 from zeropoint.model import load as plain
 from zeropoint.model.source import resolve
@@ -56,7 +58,7 @@ def load(
     model, a float module of the same structure; it is filled in place and returned.
     Raises SourceError, CheckpointError, UnknownNameError, and what `zp.quantize` raises.
     """
-    options = {
+    options: dict[str, Any] = {
         "weights": weights,
         "group_size": group_size,
         "symmetric": symmetric,
@@ -73,13 +75,7 @@ def load(
         if several_devices(device_map):
             return _load_and_place(source, dtype, device_map, offload_folder, task, model)
         return plain.load(source, dtype, device_map, task=task, model=model)
-    from zeropoint.integrations.transformers import ZeropointConfig
-
-    config = quantization_config
-    if not isinstance(config, ZeropointConfig):
-        config = ZeropointConfig(**given, strict=strict, algorithm=algorithm)
-    elif given:
-        raise RecipeError(f"give either quantization_config, or {', '.join(given)}")
+    config = _config(given, quantization_config, load_in_4bit, load_in_8bit, strict, algorithm)
     if model is not None:
         raise SourceError("model= is for checkpoints that are quantized already; leave weights out")
     found = resolve(source)
@@ -96,6 +92,41 @@ def load(
         freeze(loaded, config.algorithm)
     place(loaded, device_map, offload_folder)
     return loaded.eval(), plain.load_tokenizer(found)
+
+
+def _config(
+    given: dict[str, Any],
+    quantization_config: Any,
+    load_in_4bit: bool,
+    load_in_8bit: bool,
+    strict: bool,
+    algorithm: str,
+) -> Any:
+    """A ZeropointConfig of whatever says how to quantize; prints a translation. Raises RecipeError
+    when there are two.
+    """
+    from zeropoint.integrations.transformers import ZeropointConfig
+
+    flags = load_in_4bit or load_in_8bit
+    says = [*given, *(["load_in_4bit / load_in_8bit"] if flags else [])]
+    if quantization_config is not None and says:
+        raise RecipeError(f"give either quantization_config, or {', '.join(says)}")
+    if isinstance(quantization_config, ZeropointConfig):
+        return quantization_config
+    if quantization_config is None and not flags:
+        return ZeropointConfig(**given, strict=strict, algorithm=algorithm)
+    if flags and "weights" in given:
+        raise RecipeError(f"weights={given['weights']!r} and load_in_4bit / load_in_8bit; give one")
+    translation = (
+        from_flags(load_in_4bit, load_in_8bit) if flags else translate(quantization_config)
+    )
+    words = ", ".join(f"{name}={value!r}" for name, value in translation.options.items())
+    print("\n  ".join([f"zeropoint: {words}", *translation.notes]), file=sys.stderr)
+    taken = translation.options | given
+    advised = taken.pop("exclude", ()) if "exclude" not in given else ()
+    config = ZeropointConfig(**taken, strict=strict, algorithm=algorithm)
+    config.advised = tuple(advised)
+    return config
 
 
 def _load_and_place(

@@ -9,6 +9,7 @@ so as soon as transformers loads its quantizers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from zeropoint.integrations.placement import place, several_devices
 from zeropoint.model.frameworks import FRAMEWORKS
 from zeropoint.model.load import install
 from zeropoint.model.save import contents_of, remember_recipe
-from zeropoint.model.walk import named_modules, quantized_modules
+from zeropoint.model.walk import named_modules, quantized_modules, weight_sites
 from zeropoint.nn import PART_NAMES, QModule, quantized_type
 from zeropoint.qtensor import QTensor, empty
 from zeropoint.scheme import Recipe, Scheme
@@ -104,6 +105,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.recipe = recipe if recipe is None or isinstance(recipe, Recipe) else _recipe(recipe)
         self.strict = strict
         self.algorithm = algorithm
+        self.advised: tuple[str, ...] = ()  # patterns to exclude where they match anything
         self.error: ZeropointError | None = None  # of a weight, which transformers does not raise
         if self.recipe is None and weights is not None:
             Scheme.of(weights)  # an unknown name is refused here, not after the download
@@ -180,7 +182,8 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _expect_floats(self, model: Any) -> None:
         config = self.quantization_config
-        plan = planned(model, config.options, recipe=config.recipe, strict=config.strict)
+        options = config.options | {"exclude": _excluded(model, config)}
+        plan = planned(model, options, recipe=config.recipe, strict=config.strict)
         self.report = plan.report
         config.recipe = plan.report.recipe
         owners: dict[int, QModule] = {}
@@ -255,6 +258,20 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize(model)
         return model if dtype is None else model.to(dtype)
+
+
+def _excluded(model: nn.Module, config: ZeropointConfig) -> Patterns:
+    """The patterns to exclude, and of the advised ones those that decide about a module."""
+    if not config.advised:
+        return config.exclude
+    exclude = [config.exclude] if isinstance(config.exclude, str) else list(config.exclude or ())
+    free = [site.names for site in weight_sites(model)]
+    for pattern in (*exclude, *config.advised):
+        matched = [names for names in free if any(fnmatchcase(n, pattern) for n in names)]
+        free = [names for names in free if names not in matched]
+        if matched and pattern not in exclude:
+            exclude.append(pattern)
+    return exclude or None
 
 
 def _differ(files: list[str] | None, target: str, source: str) -> bool:

@@ -39,6 +39,7 @@ __all__ = [
     "blocked",
     "check_finite",
     "check_image",
+    "check_range",
     "dequantize",
     "fake_quantize",
     "get_format",
@@ -98,6 +99,13 @@ def check_finite(values: Tensor) -> None:
             f"{nan} NaN and {inf} Inf among {values.numel()} values, the first at {first}; "
             "repair the weight or exclude this module"
         )
+
+
+def check_range(values: Tensor, format: str) -> None:
+    """Raises ScaleRangeError when `format` has no scale and a value is beyond what it can hold."""
+    fmt = get_format(format)
+    if fmt.kind == "downcast":
+        _downcast(values, fmt)
 
 
 def quantize(

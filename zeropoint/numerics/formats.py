@@ -100,6 +100,45 @@ _ROWS = (
 )
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 
+_INT8_INPUTS = "int8', activations='int8"
+ELSEWHERE = {
+    # optimum-quanto
+    "qint2": "int2",
+    "qint4": "int4",
+    "qint8": "int8",
+    "qfloat8": "float8_e4m3fn",
+    "qfloat8_e4m3fn": "float8_e4m3fn",
+    "qfloat8_e5m2": "float8_e5m2",
+    # torchao
+    "int8_weight_only": "int8",
+    "int4_weight_only": "int4",
+    "float8_weight_only": "float8_e4m3fn",
+    "int8_dynamic_activation_int8_weight": _INT8_INPUTS,
+    "uint4": "int4",
+    "uint8": "int8",
+    # bitsandbytes, HQQ and others that count bits
+    "llm_int8": _INT8_INPUTS,
+    **{f"{bits}bit": f"int{bits}" for bits in (2, 3, 4, 8)},
+    **{f"{bits}": f"int{bits}" for bits in (2, 3, 4, 5, 6, 8)},
+    # llama.cpp
+    **{f"q{bits}_0": f"int{bits}" for bits in (4, 5, 8)},
+    **{f"q{bits}_k": f"int{bits}" for bits in (2, 3, 4, 5, 6)},
+    "q4_k_m": "int4",
+    # llm-compressor
+    "w8a8": _INT8_INPUTS,
+    "w8a16": "int8",
+    "w4a16": "int4",
+    # short names of dtypes
+    "fp8": "float8_e4m3fn",
+    "float8": "float8_e4m3fn",
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
+"""What formats of other libraries are called here. Errors quote it; none of them is accepted."""
+
 SCALE_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -108,7 +147,14 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
 
 
 def get_format(name: str) -> Format:
-    """The row called `name`. Raises UnknownNameError with the nearest names."""
+    """The row called `name`. Raises UnknownNameError with the name it has here, or the nearest."""
     if not isinstance(name, str) or name not in FORMATS:
-        raise UnknownNameError(f"{name!r} is not a format; {nearest(str(name), FORMATS)}")
+        raise UnknownNameError(f"{name!r} is not a format; {_instead(name)}")
     return FORMATS[name]
+
+
+def _instead(name: object) -> str:
+    """What to write for an unknown name, or for an object that has a name: a dtype, a qtype."""
+    plain = str(getattr(name, "name", name)).removeprefix("torch.").lower()
+    known = plain if plain in FORMATS else ELSEWHERE.get(plain)
+    return nearest(str(name), FORMATS) if known is None else f"write weights='{known}'"
