@@ -29,6 +29,7 @@ from zeropoint.flows.report import Report
 from zeropoint.integrations.placement import place, several_devices
 from zeropoint.model.frameworks import FRAMEWORKS
 from zeropoint.model.load import install
+from zeropoint.model.pages import drop_pages, own_memory
 from zeropoint.model.save import contents_of, remember_recipe
 from zeropoint.model.walk import named_modules, quantized_modules, weight_sites
 from zeropoint.nn import PART_NAMES, QModule, quantized_type
@@ -223,6 +224,9 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in quantized_modules(model).values():
             module.loaded()
+        if not self.pre_quantized:
+            for module in model.modules():
+                own_memory(module)
         model._weight_conversions = []  # codes cannot be split or merged: saved as they are named
         remember_recipe(model, self.quantization_config.recipe)
         if self._device_map is not None:
@@ -311,6 +315,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
                 self._quantizer.quantization_config.error = type(e)(f"{name}: {e}")
                 raise
             parts |= {name + suffix: part for suffix, part in qweight.parts.items()}
+            drop_pages(weight)
             kwargs["missing_keys"].difference_update(parts)
         return parts
 
@@ -348,7 +353,7 @@ class _Transformers:
         quantizer = getattr(model, "hf_quantizer", None)
         if isinstance(quantizer, ZeropointQuantizer):
             quantizer.remove_quantization_config(model)
-            model._weight_conversions = None
+            setattr(model, "_weight_conversions", None)  # noqa: B010 - transformers finds its own
 
 
 FRAMEWORKS.append(_Transformers())
