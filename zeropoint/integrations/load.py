@@ -12,7 +12,7 @@ from torch import nn
 from zeropoint.errors import RecipeError, SourceError
 from zeropoint.flows.ptq import Patterns, freeze, quantize
 from zeropoint.integrations.configs import from_flags, translate
-from zeropoint.integrations.placement import place, several_devices
+from zeropoint.integrations.placement import place
 from zeropoint.model import load as plain
 from zeropoint.model.source import resolve
 from zeropoint.model.walk import is_quantized
@@ -72,9 +72,13 @@ def load(
     }
     given = {name: value for name, value in options.items() if value is not None}
     if not (given or quantization_config is not None or load_in_4bit or load_in_8bit):
-        if several_devices(device_map):
-            return _load_and_place(source, dtype, device_map, offload_folder, task, model)
-        return plain.load(source, dtype, device_map, task=task, model=model)
+        if device_map is not None and resolve(source).kind == "native":
+            loaded, tokenizer = plain.load(source, dtype, task=task, model=model)
+            place(loaded, device_map, offload_folder)
+            return loaded, tokenizer
+        return plain.load(
+            source, dtype, device_map, task=task, model=model, offload_folder=offload_folder
+        )
     config = _config(given, quantization_config, load_in_4bit, load_in_8bit, strict, algorithm)
     if model is not None:
         raise SourceError("model= is for checkpoints that are quantized already; leave weights out")
@@ -127,11 +131,3 @@ def _config(
     config = ZeropointConfig(**taken, strict=strict, algorithm=algorithm)
     config.advised = tuple(advised)
     return config
-
-
-def _load_and_place(
-    source: str | Path, dtype: Any, device_map: Any, folder: Any, task: Any, model: Any
-) -> tuple[Any, Any]:
-    loaded, tokenizer = plain.load(source, dtype, task=task, model=model)
-    place(loaded, device_map, folder)
-    return loaded, tokenizer

@@ -42,15 +42,16 @@ def load(
     *,
     task: str | None = None,
     model: nn.Module | None = None,
+    offload_folder: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer, in evaluation mode.
     The tokenizer is None when the source has none.
 
     source: a folder (zeropoint or float checkpoint), a hub id, a .gguf file, or package:NAME.
     dtype: of float weights and activations; "auto" keeps the stored one. device_map: as
-    transformers takes it; a zeropoint checkpoint takes one device. task: a transformers pipeline
-    task ("text-generation" ...) to choose the class; by default the class that the configuration
-    names. model: for a zeropoint checkpoint of a module that is not a transformers model, a float
+    transformers takes it, with offload_folder; a zeropoint checkpoint takes one device. task: a
+    transformers pipeline task ("text-generation" ...) to choose the class; by default the class
+    that the configuration names. model: for a zeropoint checkpoint of a module that is not a transformers model, a float
     module of the same structure; it is filled in place and returned.
     Raises SourceError, CheckpointError, UnknownNameError.
     """
@@ -61,13 +62,14 @@ def load(
     if found.kind == "native":
         loaded = _load_native(Path(found.location), task, model)
         _cast(loaded, torch_dtype)
-        loaded.to(_device(device_map))
+        loaded.to(device_map)
     elif model is not None:
         raise SourceError(
             "model= is for zeropoint checkpoints; a float checkpoint loads into its own class"
         )
     else:
-        loaded = load_float(found, torch_dtype, device_map, task)
+        how = {} if offload_folder is None else {"offload_folder": str(offload_folder)}
+        loaded = load_float(found, torch_dtype, device_map, task, **how)
     return loaded.eval(), load_tokenizer(found)
 
 
@@ -81,19 +83,6 @@ def float_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
             f"dtype={dtype!r} is not one of auto, float32, bfloat16, float16, float64"
         )
     return value
-
-
-def _device(device_map: Any) -> Any:
-    if (
-        device_map is None
-        or isinstance(device_map, (str, int, torch.device))
-        and device_map != "auto"
-    ):
-        return device_map
-    raise SourceError(
-        f"device_map={device_map!r}: a zeropoint checkpoint loads onto one device; use 'cpu' or "
-        "'cuda:0'"
-    )
 
 
 # --- float checkpoints ---
