@@ -11,6 +11,7 @@ import zeropoint as zp
 def test_exported_names_are_pinned():
     assert sorted(zp.__all__) == [
         "Calibration",
+        "CalibrationTable",
         "Comparison",
         "Footprint",
         "QTensor",
@@ -20,6 +21,8 @@ def test_exported_names_are_pinned():
         "Scheme",
         "ZeropointError",
         "__version__",
+        "calibrate",
+        "calibration_table",
         "compare",
         "dequantize",
         "footprint",

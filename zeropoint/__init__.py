@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "CalibrationTable",
     "Comparison",
     "Footprint",
     "QTensor",
@@ -24,6 +25,8 @@ __all__ = [
     "Scheme",
     "ZeropointError",
     "__version__",
+    "calibrate",
+    "calibration_table",
     "compare",
     "dequantize",
     "footprint",
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from zeropoint.errors import ZeropointError
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
+    from zeropoint.flows.activations import CalibrationTable, calibrate, calibration_table
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Calibration": "zeropoint.flows.data",
+    "CalibrationTable": "zeropoint.flows.activations",
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
     "QTensor": "zeropoint.qtensor",
@@ -61,6 +66,8 @@ _HOMES = {
     "Rule": "zeropoint.scheme",
     "Scheme": "zeropoint.scheme",
     "ZeropointError": "zeropoint.errors",
+    "calibrate": "zeropoint.flows.activations",
+    "calibration_table": "zeropoint.flows.activations",
     "compare": "zeropoint.evaluate.compare",
     "dequantize": "zeropoint.flows.ptq",
     "footprint": "zeropoint.evaluate.footprint",

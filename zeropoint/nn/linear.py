@@ -132,10 +132,16 @@ class QLinear(QModule):
         self._watch = see
         self._unbind()
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody is being shown every input."""
+        return self._watch is not None
+
     def fix_input(self, scale: Tensor, zero_point: Tensor | None, seen: InputRange | None) -> None:
         """Round every input by one range from now on. In place. The parts: see `INPUT_PARTS`."""
+        device = (self.qweight.packed if self.frozen else self.float_weight()).device
         parts = zip(INPUT_PARTS, (scale, zero_point), strict=True)
-        self._buffers.update({name: part for name, part in parts if part is not None})
+        self._buffers.update({n: p.to(device) for n, p in parts if p is not None})
         self.input_range = seen
         self._unbind()
 

@@ -51,7 +51,7 @@ OBSERVERS: dict[str, Kind] = {
             summary="the range of a typical batch",
             make=MovingAverageObserver,
         ),
-        Kind(name="percentile", summary="all but 0.01 % on each side", make=PercentileObserver),
+        Kind(name="percentile", summary="all but 0.001 % on each side", make=PercentileObserver),
         Kind(name="mse", summary="least squared error", make=MseObserver),
         Kind(name="kl", summary="least changed distribution (TensorRT)", make=KlObserver),
     )

@@ -16,9 +16,11 @@ class PercentileObserver:
     Exact to a bin of the histogram, 1.6 % of the value.
     """
 
-    def __init__(self, percentile: float = 99.99) -> None:
+    def __init__(self, percentile: float = 99.999) -> None:
         if not 50 < percentile <= 100:
-            raise RecipeError(f"percentile={percentile} is not above 50 and at most 100; use 99.99")
+            raise RecipeError(
+                f"percentile={percentile} is not above 50 and at most 100; use 99.999"
+            )
         self._percentile = percentile
         self._histogram = Histogram()
 
