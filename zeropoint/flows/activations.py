@@ -1,6 +1,6 @@
 """Static ranges of activations: seen while the model runs on calibration data, then fixed.
 
-    with zp.calibrate(model, observer="percentile"):
+    with zp.calibrate(model, observer="mse"):
         model(**batch)
     print(zp.calibration_table(model))
 
@@ -32,7 +32,7 @@ from zeropoint.observers import Range, RangeObserver, make_observer
 @contextmanager
 def calibrate(
     model: nn.Module,
-    observer: str = "percentile",
+    observer: str = "mse",
     *,
     percentile: float | None = None,
     momentum: float | None = None,
@@ -45,8 +45,8 @@ def calibrate(
     model may be live or frozen. Layers with an outlier threshold stay dynamic: which of their
     columns are outliers is decided anew for every input.
 
-    observer: "minmax", "moving_average", "percentile", "mse" or "kl". percentile: of "percentile",
-    99.999. momentum: of "moving_average", 0.9.
+    observer: "mse", "minmax", "moving_average", "percentile" or "kl"; see `docs/calibration.md`.
+    percentile: of "percentile", 99.999. momentum: of "moving_average", 0.9.
     Raises StateError (no layer rounds its inputs, or one saw none, or the model is being
     calibrated already), NonFiniteError (NaN or Inf in an input), UnknownNameError, RecipeError,
     ScaleRangeError. When anything is raised inside, or on leaving, the model is as it was before.

@@ -16,7 +16,9 @@ from zeropoint.model.replace import replace_module
 from zeropoint.model.save import remember_recipe
 from zeropoint.model.source import Source, resolve
 from zeropoint.model.walk import named_modules
-from zeropoint.nn import QModule, quantized_type
+from zeropoint.nn import QLinear, QModule, quantized_type
+from zeropoint.nn.inputs import INPUT_PARTS, InputRange
+from zeropoint.numerics import get_format
 
 # The pipeline task names of transformers, and the class that serves each.
 TASKS = {
@@ -280,8 +282,9 @@ def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
     for module, names in named_modules(model).items():
         prefix = f"{names[0]}." if names[0] else ""
         _assign(path, module._parameters, prefix, contents, left, made)
-        if isinstance(module, QModule):
-            continue  # its buffers are the weight's parts
+        if isinstance(module, QModule):  # its other buffers are the weight's parts
+            _fix_input(path, module, prefix, contents, left)
+            continue
         for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
             old = module._buffers[leaf]
             if old is not None:
@@ -290,6 +293,32 @@ def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
                 module._buffers[leaf] = new
     if left:
         raise CheckpointError(f"{path} holds {sorted(left)[0]}, which the model does not have")
+
+
+def _fix_input(
+    path: Path, module: QModule, prefix: str, contents: native.Contents, left: dict[str, Tensor]
+) -> None:
+    """Give a layer the static range that is stored for its input, if there is one. In place."""
+    scale_name, zero_name = (prefix + name for name in INPUT_PARTS)
+    if contents.tied.get(scale_name, scale_name) not in contents.tensors:
+        return
+    scheme = module.scheme
+    if not isinstance(module, QLinear) or not scheme.activations or scheme.outlier_threshold:
+        raise CheckpointError(
+            f"{path} holds {scale_name}, but {scheme} has no static range for its input"
+        )
+    scale, zero_point = _take(path, scale_name, contents, left), None
+    parts = [(scale_name, scale, torch.float32)]
+    if get_format(scheme.activations).kind == "integer":
+        zero_point = _take(path, zero_name, contents, left)
+        parts.append((zero_name, zero_point, torch.int8))
+    for name, part, dtype in parts:
+        if part.dim() or part.dtype != dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(part.shape)} {part.dtype}, but one {dtype} is needed"
+            )
+    source = contents.inputs.get(prefix.removesuffix("."))
+    module.fix_input(scale, zero_point, InputRange(**source) if source else None)
 
 
 def _assign(
