@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from zeropoint.errors import NonFiniteError, StateError, ZeropointError
+from zeropoint.flows.data import Calibration, Data, Prepared, prepare
+from zeropoint.model.capture import run_model
 from zeropoint.model.padding import following_masks
 from zeropoint.model.walk import quantized_modules
 from zeropoint.nn import QLinear
@@ -27,6 +29,7 @@ from zeropoint.nn.inputs import InputRange
 from zeropoint.numerics import get_format
 from zeropoint.numerics.activations import static_parameters
 from zeropoint.observers import Range, RangeObserver, make_observer
+from zeropoint.progress import OnStep, no_progress
 
 
 @contextmanager
@@ -75,6 +78,32 @@ def calibrate(
         low, high, samples = seen[name]
         source = InputRange(observer=str(observers[name]), samples=samples, low=low, high=high)
         layer.fix_input(*parts[name], source)
+
+
+def calibrate_on(
+    model: nn.Module,
+    observer: str,
+    data: Data | None,
+    tokenizer: Any,
+    options: Calibration,
+    on_step: OnStep = no_progress,
+) -> Prepared:
+    """`calibrate`, with the batches that `zp.freeze` would make of the data. In place.
+
+    Raises TextError (unusable data), and what `calibrate` raises. Returns the batches.
+    """
+    training = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        prepared = prepare(model, data, tokenizer, options, on_step)
+        with calibrate(model, observer), torch.no_grad():
+            for done, batch in enumerate(prepared.batches):
+                on_step("calibrating activations", done, len(prepared.batches))
+                run_model(model, batch)
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+    return prepared
 
 
 def _layers(model: nn.Module) -> dict[str, QLinear]:
