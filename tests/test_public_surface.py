@@ -16,6 +16,7 @@ from zeropoint.integrations.spellings import SPELLINGS
 def test_exported_names_are_pinned():
     assert sorted(zp.__all__) == [
         "Calibration",
+        "CalibrationTable",
         "Comparison",
         "Footprint",
         "Memory",
@@ -26,6 +27,8 @@ def test_exported_names_are_pinned():
         "Scheme",
         "ZeropointError",
         "__version__",
+        "calibrate",
+        "calibration_table",
         "compare",
         "dequantize",
         "footprint",

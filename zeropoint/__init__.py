@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "CalibrationTable",
     "Comparison",
     "Footprint",
     "Memory",
@@ -28,6 +29,8 @@ __all__ = [
     "ZeropointConfig",
     "ZeropointError",
     "__version__",
+    "calibrate",
+    "calibration_table",
     "compare",
     "dequantize",
     "footprint",
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
     from zeropoint.evaluate.memory import Memory, memory, release
+    from zeropoint.flows.activations import CalibrationTable, calibrate, calibration_table
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Calibration": "zeropoint.flows.data",
+    "CalibrationTable": "zeropoint.flows.activations",
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
     "Memory": "zeropoint.evaluate.memory",
@@ -71,6 +76,8 @@ _HOMES = {
     "Scheme": "zeropoint.scheme",
     "ZeropointConfig": "zeropoint.integrations.transformers",
     "ZeropointError": "zeropoint.errors",
+    "calibrate": "zeropoint.flows.activations",
+    "calibration_table": "zeropoint.flows.activations",
     "compare": "zeropoint.evaluate.compare",
     "dequantize": "zeropoint.flows.ptq",
     "footprint": "zeropoint.evaluate.footprint",

@@ -58,7 +58,10 @@ def _encoders(cli: Cli, bert: Path, words: Path, tmp_path: Path) -> Any:
 
 
 RUNS: dict[str, Callable[[Path, Path, Path, Path], tuple[object, ...]]] = {
-    "quantize": lambda llama, int8, words, out: ("quantize", llama, "-o", out),
+    "quantize": lambda llama, int8, words, out: (
+        *("quantize", llama, "-o", out, "--activations", "int8", "--observer", "minmax"),
+        *("--data", words, "--calibration-tokens", 64),
+    ),
     "inspect": lambda llama, int8, words, out: ("inspect", int8),
     "inspect --tensor": lambda llama, int8, words, out: (
         *("inspect", int8, "--tensor", "model.layers.0.mlp.up_proj.weight"),

@@ -103,7 +103,26 @@ MISTAKES = {
     "unknown algorithm": (("--algorithm", "rtm"), "'rtm' is not an algorithm; close: 'rtn'"),
     "nonsensical group": (("--weights", "int4", "--group-size", "0"), "group_size=0 is not a pos"),
     "asymmetric codebook": (("--weights", "nf4", "--asymmetric"), "nf4 has no zero point"),
+    "unknown observer": (
+        ("--activations", "int8", "--observer", "msee"),
+        "'msee' is not an observer; close: 'mse'",
+    ),
+    "observer of floats": (
+        ("--observer", "mse"),
+        "--observer mse finds ranges of rounded activations, and these stay float; add --activ",
+    ),
+    "observer and outliers": (
+        ("--activations", "int8", "--observer", "mse", "--outlier-threshold", "6"),
+        "--observer mse and --outlier-threshold exclude each other",
+    ),
+    "outliers of floats": (("--outlier-threshold", "6"), "6.0 needs activations='int8', not None"),
+    "unknown compute dtype": (("--compute-dtype", "int8"), "compute_dtype='int8' is unknown"),
+    "double quant per channel": (("--double-quant",), "double_quant=True stores float32 scales of"),
     "missing recipe": (("--recipe", "missing.yaml"), "missing.yaml: cannot be read"),
+    "recipe and inputs": (
+        ("--recipe", "r.yaml", "--double-quant", "--compute-dtype", "bfloat16"),
+        "--recipe r.yaml and --double-quant, --compute-dtype exclude each other",
+    ),
     "recipe and more": (
         ("--recipe", "r.yaml", "--weights", "int4", "--exclude", "x"),
         "--recipe r.yaml and --weights, --exclude exclude each other",
@@ -260,3 +279,68 @@ def test_a_mistake_about_calibration_is_found_before_the_model_is_loaded(
     ran = cli("quantize", llama, "-o", tmp_path / "out", *options)
     assert ran.code == 2 and message in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_static_ranges_are_calibrated_and_saved(
+    cli: Cli, llama: Path, words: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "w8a8"
+    options = ("--activations", "int8", "--observer", "percentile", "--data", words)
+    ran = cli("quantize", llama, "-o", out, *options, "--calibration-tokens", 256, "--json", "-")
+    assert ran.code == 0, ran.err
+    assert zp.verify(out) == []
+    inputs = ran.json["inputs"]
+    assert (inputs["observer"], inputs["source"], inputs["tokens"]) == ("percentile", "texts", 256)
+    model, _ = zp.load(out)
+    assert zp.calibration_table(model).to_dict()["modules"] == inputs["modules"]
+    assert {row["samples"] for row in inputs["modules"]} == {256}
+    assert ran.json["calibration"]["source"] is None, "the weights needed none"
+    assert ran.json["bytes_after"] == zp.footprint(model).total_bytes
+
+
+def test_weights_and_ranges_are_calibrated_by_the_same_text(
+    cli: Cli, llama: Path, words: Path, tmp_path: Path
+) -> None:
+    ran = cli(
+        "quantize", llama, "-o", tmp_path / "out", "--weights", "int4", "--algorithm", "gptq",
+        "--activations", "int8", "--observer", "mse", "--data", words, "--calibration-tokens", 128,
+        "--dtype", "bfloat16", "--json", "-",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert ran.json["calibration"]["tokens"] == ran.json["inputs"]["tokens"] == 128
+    assert len(ran.json["inputs"]["modules"]) == 14
+
+
+def test_a_recipe_may_round_activations_for_an_observer(
+    cli: Cli, llama: Path, words: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rules:\n- {match: '*', weights: int8, activations: float8_e4m3fn}\n")
+    arguments = ("quantize", llama, "-o", tmp_path / "out", "--recipe", recipe, "--data", words)
+    ran = cli(*arguments, "--observer", "minmax", "--json", "-")
+    assert ran.code == 0, ran.err
+    assert {row["zero_point"] for row in ran.json["inputs"]["modules"]} == {None}
+    recipe.write_text("rules:\n- {match: '*', weights: int8}\n")
+    ran = cli(*arguments, "--overwrite", "--observer", "minmax")
+    assert ran.code == 2 and "no layer of the model rounds its inputs" in ran.err
+
+
+def test_the_ways_of_bitsandbytes_reach_the_library(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    ran = cli(
+        "quantize", llama, "-o", tmp_path / "nf4", "--weights", "nf4", "--double-quant",
+        "--compute-dtype", "bfloat16", "--json", "-",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    schemes = {row["scheme"] for row in ran.json["modules"]}
+    assert "nf4 g64 double quant, computed in bfloat16" in schemes
+    assert ran.json["inputs"] == {
+        "observer": None, "source": None, "tokens": 0, "warnings": [], "modules": [],
+    }  # fmt: skip
+    ran = cli(
+        "quantize", llama, "-o", tmp_path / "llm", "--activations", "int8",
+        "--outlier-threshold", 6, "--json", "-",
+    )  # fmt: skip
+    schemes = {row["scheme"] for row in ran.json["modules"]}
+    assert "int8 per channel, int8 activations below 6" in schemes
+    model, _ = zp.load(tmp_path / "llm")
+    assert model.model.layers[0].mlp.up_proj.scheme.outlier_threshold == 6.0

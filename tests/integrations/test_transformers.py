@@ -120,6 +120,30 @@ def test_dtype(dtype, saved, tmp_path):
     assert torch.equal(outputs(again), outputs(loaded))
 
 
+def test_dtype_of_a_checkpoint(saved, tmp_path):
+    model, _ = saved("llama-tied")
+    quantized(model, "llama").save_pretrained(tmp_path / "q")
+    loaded = type(model).from_pretrained(tmp_path / "q", dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    by_us, _ = zp.load(tmp_path / "q", dtype=torch.bfloat16)
+    assert torch.equal(outputs(loaded), outputs(by_us))
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8_e4m3fn"])
+def test_static_ranges_make_the_round_trip(weights, saved, tmp_path):
+    model, _ = saved("llama-tied")
+    zp.quantize(model, weights, activations=weights)
+    with zp.calibrate(model):
+        outputs(model)
+    zp.freeze(model)
+    model.save_pretrained(tmp_path / "q")
+    assert zp.verify(tmp_path / "q") == []
+    again = type(model).from_pretrained(tmp_path / "q")
+    assert torch.equal(outputs(again), outputs(model))
+    assert str(zp.calibration_table(again)) == str(zp.calibration_table(model))
+
+
 def test_config_json_holds_the_recipe(saved, tmp_path):
     model, folder = saved("llama-tied")
     loaded = type(model).from_pretrained(

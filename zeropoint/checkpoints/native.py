@@ -51,7 +51,7 @@ _SUFFIXES = ("", "_scale", "_zero_point")
 @dataclass(frozen=True, kw_only=True)
 class Contents:
     """A checkpoint's tensors. qweights, tensors: by their full names. tied: other name -> name it
-    shares storage with.
+    shares storage with. inputs: by layer, where the static range of its input comes from.
     """
 
     qweights: Mapping[str, QTensor]
@@ -59,6 +59,7 @@ class Contents:
     tied: Mapping[str, str]
     recipe: Recipe
     config: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 # --- writing ---
@@ -163,7 +164,7 @@ def _files(folder: Path) -> dict[str, Any]:
 
 
 def _manifest(contents: Contents) -> dict[str, Any]:
-    return {
+    manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "weights": {
             name: {
@@ -179,6 +180,9 @@ def _manifest(contents: Contents) -> dict[str, Any]:
         },
         "tied": dict(contents.tied),
     }
+    if contents.inputs:
+        manifest["inputs"] = {name: dict(row) for name, row in contents.inputs.items()}
+    return manifest
 
 
 def _signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +255,7 @@ def read(path: Path) -> Contents:
         tied=manifest["tied"],
         recipe=_recipe(path, config),
         config=config,
+        inputs=manifest.get("inputs", {}),
     )
 
 
@@ -369,7 +374,31 @@ def _parsed(path: Path, manifest: dict[str, Any], optional: tuple[str, ...]) -> 
     for file in manifest["files"]:
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise CheckpointError(f"{path} names {file!r}, which is outside the folder")
+    problem = _inputs_problem(manifest.get("inputs", {}))
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}")
     return manifest
+
+
+_INPUT_FIELDS: dict[str, tuple[type, ...]] = {
+    "observer": (str,),
+    "samples": (int,),
+    "low": (int, float),
+    "high": (int, float),
+}
+
+
+def _inputs_problem(inputs: Any) -> str | None:
+    """Why what is said about the ranges of inputs makes no sense, or None."""
+    if not isinstance(inputs, dict):
+        return "its 'inputs' is not an object"
+    for name, row in inputs.items():
+        if not isinstance(row, dict) or row.keys() != _INPUT_FIELDS.keys():
+            return f"the input of {name} has not the keys {', '.join(_INPUT_FIELDS)}"
+        for key, kind in _INPUT_FIELDS.items():
+            if not isinstance(row[key], kind):
+                return f"the input of {name} has {key}={row[key]!r}"
+    return None
 
 
 def _file_problem(path: Path, file: str, row: Mapping[str, Any]) -> str | None:
@@ -498,13 +527,22 @@ def _tensor_problems(path: Path, manifest: Mapping[str, Any], files: list[str]) 
             problems += _float_problems(f"{name}_scale", weight.scale, positive=True)
     for name, row in manifest["tensors"].items():
         try:
-            problems += _float_problems(name, _tensor(name, row, stored), positive=False)
+            is_scale = _is_input_scale(name, manifest)
+            problems += _float_problems(name, _tensor(name, row, stored), positive=is_scale)
         except CheckpointError as e:
             problems.append(str(e))
     for alias, owner in manifest["tied"].items():
         if owner not in manifest["weights"] and owner not in manifest["tensors"]:
             problems.append(f"{alias} is tied to {owner}, which is missing")
     return problems + [f"{name} is in no manifest entry" for name in sorted(stored)]
+
+
+def _is_input_scale(name: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether this is the scale of a quantized layer's input."""
+    weight = name.removesuffix("input_scale") + "weight"
+    return name.endswith("input_scale") and (
+        weight in manifest["weights"] or manifest["tied"].get(weight) in manifest["weights"]
+    )
 
 
 def _float_problems(name: str, tensor: Tensor, *, positive: bool) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,9 +14,11 @@ from zeropoint.cli.screen import Screen, megabytes, silence_libraries, table
 from zeropoint.errors import RecipeError, ZeropointError
 
 if TYPE_CHECKING:
-    from zeropoint.flows.data import Calibration
+    from torch import nn
+
+    from zeropoint.flows.data import Calibration, Prepared
     from zeropoint.flows.report import FreezeReport, Report
-    from zeropoint.scheme import Recipe
+    from zeropoint.scheme import Recipe, Scheme
 
 
 def quantize(
@@ -47,12 +49,33 @@ def quantize(
             show_default="the format's own",
         ),
     ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option("--double-quant", help="Scales of groups in 8 bits.", show_default=False),
+    ] = None,
     activations: Annotated[
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="int8: round the inputs of linear layers too, one scale per token.",
+            help="int8, float8_e4m3fn ...: round the inputs of linear layers too, "
+            "one scale per token.",
             show_default="float",
+        ),
+    ] = None,
+    outlier_threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Input channels that reach X stay float (LLM.int8(): 6).",
+            show_default="none",
+        ),
+    ] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="In which linear layers multiply: float32, bfloat16, float16.",
+            show_default="that of their input",
         ),
     ] = None,
     include: Annotated[
@@ -73,7 +96,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A recipe (YAML or JSON) instead of the six above.",
+            help="A recipe (YAML or JSON) instead of the nine above.",
             show_default=False,
         ),
     ] = None,
@@ -88,8 +111,17 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Text to calibrate by; self: what the model writes. For gptq.",
+            help="Text to calibrate by; self: what the model writes. For gptq and --observer.",
             show_default="self",
+        ),
+    ] = None,
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One range for each layer's inputs, found on the data: mse, minmax, percentile "
+            "...; not a scale per token.",
+            show_default="none",
         ),
     ] = None,
     calibration_tokens: Annotated[
@@ -127,16 +159,18 @@ def quantize(
     _refuse_json_in(output, json_to)
     with screen.spinner("starting"):
         import zeropoint as zp
+        from zeropoint.algorithms import get_algorithm
         from zeropoint.checkpoints import native
         from zeropoint.checkpoints.atomic import check_writable
         from zeropoint.evaluate.memory import peak_rss_bytes
+        from zeropoint.flows.activations import calibrate_on
         from zeropoint.model.load import float_dtype
         from zeropoint.scheme import Scheme
 
         silence_libraries()
     # What can be refused without the model is refused before the user has waited for it.
     check_writable(output, lambda folder: native.why_not_replace(folder, overwrite))
-    texts, options = _calibration(algorithm, data, calibration_tokens, seed)
+    texts, options = _calibration(algorithm, observer, data, calibration_tokens, seed)
     rest = float_dtype(dtype)
     rules = None
     if recipe is not None:
@@ -144,15 +178,25 @@ def quantize(
             "--weights": weights,
             "--group-size": group_size,
             "--symmetric / --asymmetric": symmetric,
+            "--double-quant": double_quant,
             "--activations": activations,
+            "--outlier-threshold": outlier_threshold,
+            "--compute-dtype": compute_dtype,
             "--include": include,
             "--exclude": exclude,
         }
         rules = _read_recipe(recipe, [name for name, value in given.items() if value is not None])
     else:
         scheme = Scheme.of(
-            weights or "int8", group_size=group_size, symmetric=symmetric, activations=activations
+            weights or "int8",
+            group_size=group_size,
+            symmetric=symmetric,
+            double_quant=double_quant or False,
+            activations=activations,
+            outlier_threshold=outlier_threshold,
+            compute_dtype=compute_dtype,
         )
+        _check_observer(observer, scheme)
         if scheme.fmt.kind == "downcast" and rest is None:
             rest = scheme.fmt.dtype  # a downcast model computes in its own dtype
 
@@ -164,24 +208,32 @@ def quantize(
             weights,
             group_size=group_size,
             symmetric=symmetric,
+            double_quant=double_quant,
             activations=activations,
+            outlier_threshold=outlier_threshold,
+            compute_dtype=compute_dtype,
             include=include or None,
             exclude=exclude or None,
             recipe=rules,
             strict=strict,
         )
+    calibrated = get_algorithm(algorithm).needs != "nothing"
     with screen.progress("quantizing") as on_step:
         frozen = zp.freeze(
             loaded,
             algorithm,
-            data=texts,
+            data=texts if calibrated else None,
             tokenizer=tokenizer,
-            calibration=options,
+            calibration=options if calibrated else None,
             on_step=on_step,
         )
     loaded.to(
         rest
     )  # after freezing: codes are chosen from the stored weights, not from rounded ones
+    ranges = None
+    if observer is not None:  # last: by the layers as they will be
+        with screen.progress("calibrating activations") as on_step:
+            ranges = calibrate_on(loaded, observer, texts, tokenizer, options, on_step)
     with screen.spinner(f"writing {output}"):
         zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
 
@@ -192,10 +244,13 @@ def quantize(
         {"model": model, "output": str(output), "algorithm": algorithm}
         | report.to_dict()
         | {"calibration": frozen.to_dict()}
+        | {"inputs": _inputs(loaded, observer, ranges)}
         | {"bytes_after": size.total_bytes, "bits_per_weight": size.bits_per_weight}
         | {"seconds": seconds, "peak_rss_bytes": peak}
     )
-    for warning in (*report.warnings, *frozen.warnings):
+    for warning in dict.fromkeys(
+        (*report.warnings, *frozen.warnings, *(ranges.warnings if ranges else ()))
+    ):
         screen.warn(warning)
     _show(screen, report)
     _show_layers(screen, frozen)
@@ -219,29 +274,67 @@ def _refuse_json_in(output: Path, json_to: str | None) -> None:
 
 
 def _calibration(
-    algorithm: str, data: str | None, tokens: int | None, seed: int | None
-) -> tuple[str | list[str] | None, Calibration | None]:
-    """What `zp.freeze` takes; refused here where it can be, before the model is loaded."""
+    algorithm: str,
+    observer: str | None,
+    data: str | None,
+    tokens: int | None,
+    seed: int | None,
+) -> tuple[str | list[str] | None, Calibration]:
+    """Data and how much of it; refused here where it can be, before the model is loaded."""
     from zeropoint.algorithms import get_algorithm
     from zeropoint.evaluate.text import read_text
     from zeropoint.flows.data import SELF, Calibration
 
     given = {"--data": data, "--calibration-tokens": tokens, "--seed": seed}
     named = [name for name, value in given.items() if value is not None]
-    if get_algorithm(algorithm).needs == "nothing":
+    default = Calibration()
+    if get_algorithm(algorithm).needs == "nothing" and observer is None:
         if named:
             raise RecipeError(
                 f"{', '.join(named)}: --algorithm {algorithm} uses no calibration data; leave it "
-                "out, or use --algorithm gptq"
+                "out, or use --algorithm gptq, or --activations with --observer"
             )
-        return None, None
-    default = Calibration()
+        return None, default
     options = replace(
         default,
         tokens=default.tokens if tokens is None else tokens,
         seed=default.seed if seed is None else seed,
     )
     return (SELF if data in (None, SELF) else [read_text(str(data))]), options
+
+
+def _check_observer(observer: str | None, scheme: Scheme) -> None:
+    """Raises what `zp.calibrate` would, before the model is loaded."""
+    from zeropoint.observers import make_observer
+
+    if observer is None:
+        return
+    if scheme.activations is None:
+        raise RecipeError(
+            f"--observer {observer} finds ranges of rounded activations, and these stay float; "
+            "add --activations int8, or leave it out"
+        )
+    if scheme.outlier_threshold is not None:
+        raise RecipeError(
+            f"--observer {observer} and --outlier-threshold exclude each other: which channels "
+            "are outliers is decided anew for every input"
+        )
+    make_observer(observer, scheme.activations)
+
+
+def _inputs(model: nn.Module, observer: str | None, ranges: Prepared | None) -> dict[str, Any]:
+    """What is known of static ranges, for JSON."""
+    from zeropoint.flows.activations import calibration_table
+
+    if ranges is None:
+        return {"observer": None, "source": None, "tokens": 0, "warnings": [], "modules": []}
+    return {
+        "observer": observer,
+        "source": ranges.source,
+        "tokens": ranges.tokens,
+        "warnings": list(ranges.warnings),
+        **calibration_table(model).to_dict(),
+    }
 
 
 def _read_recipe(path: Path, given: list[str]) -> Recipe:

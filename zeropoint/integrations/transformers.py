@@ -9,6 +9,7 @@ so as soon as transformers loads its quantizers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from zeropoint.flows.ptq import Patterns, dequantize, dtype_name, planned
 from zeropoint.flows.report import Report
 from zeropoint.integrations.placement import place, several_devices
 from zeropoint.model.frameworks import FRAMEWORKS
-from zeropoint.model.load import install
+from zeropoint.model.load import expect_inputs, install
 from zeropoint.model.pages import drop_pages, own_memory
 from zeropoint.model.save import contents_of, remember_recipe
 from zeropoint.model.walk import named_modules, quantized_modules, weight_sites
@@ -178,8 +179,11 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     def _expect_checkpoint(self, model: Any, files: list[str]) -> None:
         manifest = native.read_header([Path(f) for f in files])
         folder = Path(files[0]).parent
-        install(folder, model, native.empty_weights(manifest), manifest["tied"])
-        assert self.quantization_config.recipe is not None
+        weights = native.empty_weights(manifest)
+        if self._dtype is not None:
+            weights = {name: replace(w, dtype=self._dtype) for name, w in weights.items()}
+        install(folder, model, weights, manifest["tied"])
+        expect_inputs(model, manifest)
 
     def _expect_floats(self, model: Any) -> None:
         config = self.quantization_config
@@ -211,10 +215,6 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """Parts of weights, and everything else of a checkpoint of ours, keep their dtype."""
-        return None
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         if self.pre_quantized:

@@ -140,6 +140,10 @@ def _linear_inputs(x: Tensor, bias: Tensor | None, weight: Sequence[Any]) -> QTe
     qweight = _weight(weight, x.dtype)
     n, k = qweight.shape
     torch._check(
+        qweight.scheme.activations in (None, "int8"),
+        lambda: f"{qweight.scheme.activations} activations are rounded before the operator",
+    )
+    torch._check(
         x.dim() >= 1 and x.shape[-1] == k,
         lambda: f"x is {tuple(x.shape)}, but weight is {(n, k)}: need (..., {k})",
     )

@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     """y = x @ weight.T + bias. x: (..., K) float; weight: (N, K); bias: (N,); returns (..., N) of
     x's dtype.
     """
-    if weight.scheme.activations is not None:
+    if weight.scheme.activations == "int8":
         x = round_tokens(x)
     return torch.nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 

@@ -17,8 +17,10 @@ from zeropoint.model.gguf import lazy_state_dict
 from zeropoint.model.replace import replace_module
 from zeropoint.model.save import remember_recipe
 from zeropoint.model.source import Source, resolve
-from zeropoint.model.walk import named_modules
-from zeropoint.nn import QModule, quantized_type
+from zeropoint.model.walk import named_modules, quantized_modules
+from zeropoint.nn import QLinear, QModule, quantized_type
+from zeropoint.nn.inputs import INPUT_PARTS, InputRange
+from zeropoint.numerics import get_format
 from zeropoint.qtensor import QTensor
 
 # The pipeline task names of transformers, and the class that serves each.
@@ -51,8 +53,8 @@ def load(
     dtype: of float weights and activations; "auto" keeps the stored one. device_map: as
     transformers takes it, with offload_folder; a zeropoint checkpoint takes one device. task: a
     transformers pipeline task ("text-generation" ...) to choose the class; by default the class
-    that the configuration names. model: for a zeropoint checkpoint of a module that is not a transformers model, a float
-    module of the same structure; it is filled in place and returned.
+    that the configuration names. model: for a zeropoint checkpoint of a module that is not a
+    transformers model, a float module of the same structure; it is filled in place and returned.
     Raises SourceError, CheckpointError, UnknownNameError.
     """
     if task is not None and task not in TASKS:
@@ -250,6 +252,20 @@ def install(
             replace_module(model, names_of[modules[name]], new)
 
 
+def expect_inputs(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Make room for the static ranges that a manifest lists, on the meta device. In place."""
+    tensors = manifest["tensors"]
+    scale_leaf, zero_leaf = INPUT_PARTS
+    for name, module in quantized_modules(model).items():
+        if isinstance(module, QLinear) and f"{name}.{scale_leaf}" in tensors:
+            scale = torch.empty((), device="meta")
+            zero_point = None
+            if f"{name}.{zero_leaf}" in tensors:
+                zero_point = torch.empty((), dtype=torch.int8, device="meta")
+            source = manifest.get("inputs", {}).get(name)
+            module.fix_input(scale, zero_point, InputRange(**source) if source else None)
+
+
 def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Change what was loaded to `dtype`, and leave what a model computes for itself: rotary
     frequencies, which are not stored, keep their precision. As transformers does. In place.
@@ -321,8 +337,9 @@ def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
     for module, names in named_modules(model).items():
         prefix = f"{names[0]}." if names[0] else ""
         _assign(path, module._parameters, prefix, contents, left, made)
-        if isinstance(module, QModule):
-            continue  # its buffers are the weight's parts
+        if isinstance(module, QModule):  # its other buffers are the weight's parts
+            _fix_input(path, module, prefix, contents, left)
+            continue
         for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
             old = module._buffers[leaf]
             if old is not None:
@@ -331,6 +348,32 @@ def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
                 module._buffers[leaf] = new
     if left:
         raise CheckpointError(f"{path} holds {sorted(left)[0]}, which the model does not have")
+
+
+def _fix_input(
+    path: Path, module: QModule, prefix: str, contents: native.Contents, left: dict[str, Tensor]
+) -> None:
+    """Give a layer the static range that is stored for its input, if there is one. In place."""
+    scale_name, zero_name = (prefix + name for name in INPUT_PARTS)
+    if contents.tied.get(scale_name, scale_name) not in contents.tensors:
+        return
+    scheme = module.scheme
+    if not isinstance(module, QLinear) or not scheme.activations or scheme.outlier_threshold:
+        raise CheckpointError(
+            f"{path} holds {scale_name}, but {scheme} has no static range for its input"
+        )
+    scale, zero_point = _take(path, scale_name, contents, left), None
+    parts = [(scale_name, scale, torch.float32)]
+    if get_format(scheme.activations).kind == "integer":
+        zero_point = _take(path, zero_name, contents, left)
+        parts.append((zero_name, zero_point, torch.int8))
+    for name, part, dtype in parts:
+        if part.dim() or part.dtype != dtype:
+            raise CheckpointError(
+                f"{path}: {name} is {tuple(part.shape)} {part.dtype}, but one {dtype} is needed"
+            )
+    source = contents.inputs.get(prefix.removesuffix("."))
+    module.fix_input(scale, zero_point, InputRange(**source) if source else None)
 
 
 def _assign(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from zeropoint.checkpoints import native
 from zeropoint.errors import StateError
 from zeropoint.model.frameworks import FRAMEWORKS
 from zeropoint.model.walk import named_modules, quantized_modules
-from zeropoint.nn import PART_NAMES, QModule
+from zeropoint.nn import PART_NAMES, QLinear, QModule
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Recipe, Rule
 
@@ -105,6 +106,11 @@ def contents_of(model: nn.Module) -> native.Contents:
         tied=tied,
         recipe=recipe_of(model),
         config=_config(model),
+        inputs={
+            names[0]: asdict(module.input_range)
+            for module, names in modules.items()
+            if isinstance(module, QLinear) and module.input_range is not None
+        },
     )
 
 

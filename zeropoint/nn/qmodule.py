@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from zeropoint.errors import StateError
-from zeropoint.kernels import ops
 from zeropoint.kernels.select import choose
 from zeropoint.kernels.spec import Spec
 from zeropoint.qtensor import QTensor
@@ -41,7 +40,6 @@ class QModule(nn.Module):
         self.scheme = scheme
         self.shape = shape
         self.kernel: str | None = None
-        self._eager: ops.EagerLinear | None = None  # made at the first call
         self.refused: dict[str, str] = {}  # faster kernels, and why this module does not use them
         self._dtype = dtype
         self._tied_to: tuple[
@@ -100,6 +98,10 @@ class QModule(nn.Module):
     @property
     def qweight(self) -> QTensor:
         """The frozen weight, (N, K)."""
+        return self._qweight(self.scheme)
+
+    def _qweight(self, scheme: Scheme) -> QTensor:
+        """The frozen weight under a scheme that differs in how its inputs are treated."""
         parts = self._parts()
         packed = parts["weight"]
         assert packed is not None
@@ -107,7 +109,7 @@ class QModule(nn.Module):
             packed=packed,
             scale=parts.get("weight_scale"),
             zero_point=parts.get("weight_zero_point"),
-            scheme=self.scheme,
+            scheme=scheme,
             shape=torch.Size(self.shape),
             dtype=self._dtype,
         )
@@ -185,26 +187,23 @@ class QModule(nn.Module):
             device=device or self.qweight.device.type,
         )
         choice = choose(spec)
-        self._eager = None
+        self._unbind()
         self.kernel, self.refused = choice.kernel, choice.refused
+
+    def _unbind(self) -> None:
+        """Forget what was prepared for the parts that were held. In place."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
         """`.to(device)` moves the parts; `.to(dtype)` changes what they dequantize to, never the
-        parts themselves.
+        parts themselves, nor the range of the inputs.
         """
-        if not self.frozen:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self._dtype = self.float_weight().dtype
-            return self
-        moved = {name: fn(part) for name, part in self._buffers.items() if part is not None}
-        parts = {
-            name: new if new.dtype == old.dtype else old.to(new.device)
-            for (name, new), old in zip(moved.items(), self._buffers.values(), strict=True)
-            if old is not None
-        }
+        parts = {name: _moved(part, fn) for name, part in self._buffers.items()}
         self._buffers.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(parts)
+        if not self.frozen:
+            self._dtype = self.float_weight().dtype
+            return self
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         self._choose_kernel()
         return self
@@ -219,3 +218,11 @@ class QModule(nn.Module):
     @abstractmethod
     def _sizes(self, n: int, k: int) -> str:
         """The sizes as the float module's repr prints them."""
+
+
+def _moved(part: Tensor | None, fn: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """What `fn` makes of a tensor, its dtype apart."""
+    if part is None:
+        return None
+    new = fn(part)
+    return new if new.dtype == part.dtype else part.to(new.device)
