@@ -59,7 +59,7 @@ def test_the_gradient_of_a_live_weight_is_that_of_its_image(kind, scheme):
     live = live_module(kind, scheme)
     dense = float_module(kind)
     with torch.no_grad():
-        dense.weight.copy_(live._layout(rtn(live.float_weight(), scheme).dequantize()))
+        dense.weight.copy_(live.from_layout(rtn(live.float_weight(), scheme).dequantize()))
     x = example_input(kind)
     copies = [x.clone().requires_grad_() for _ in range(2)]
     live(copies[0]).square().sum().backward()
@@ -208,7 +208,7 @@ def test_int8_activations_pass_the_gradient_straight_through(kind, state):
     assert torch.allclose(x.grad, image.sum(0).expand_as(x), rtol=0, atol=1e-5)  # N terms below 10
     if state == "live":
         dense = torch.ones(N, 6) @ round_tokens(x.detach()).view(6, K)  # dL/dy = 1
-        assert torch.allclose(module._layout(module.weight.grad), dense, rtol=0, atol=1e-5)
+        assert torch.allclose(module.from_layout(module.weight.grad), dense, rtol=0, atol=1e-5)
 
 
 # --- straight to the kernel -----------------------------------------------------------------------
