@@ -259,6 +259,19 @@ def test_assisted_generation_with_a_quantized_draft(saved):
     assert torch.equal(model.generate(ids, assistant_model=draft, **options), expected)
 
 
+def test_a_new_head_is_quantized_too(saved):
+    """A classifier from a checkpoint without one: transformers draws it, as it does for floats."""
+    _, folder = saved("bert")
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=3)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification.from_pretrained(
+        folder, config=config, quantization_config=config_of("bert", "int8")
+    )
+    weight = model.classifier.weight.dequantize()
+    assert weight.shape[0] == 3 and 0.01 < weight.std() < 0.04  # initializer_range is .02
+    assert torch.isfinite(outputs(model)).all()
+
+
 # --- what goes wrong ---
 
 

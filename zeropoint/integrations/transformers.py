@@ -33,8 +33,8 @@ from zeropoint.model.load import expect_inputs, install
 from zeropoint.model.pages import drop_pages, own_memory
 from zeropoint.model.save import contents_of, remember_recipe
 from zeropoint.model.walk import named_modules, quantized_modules, weight_sites
-from zeropoint.nn import PART_NAMES, QModule, quantized_type
-from zeropoint.qtensor import QTensor, empty
+from zeropoint.nn import QModule, quantized_type
+from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Recipe, Scheme
 
 _OPTIONS = (
@@ -198,10 +198,8 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
             assert kind is not None
             new = kind.from_float(site.module, scheme)
             owner = owners.setdefault(site.tied, new)
-            if owner is new:
-                new.freeze(empty(new.shape, scheme, self._dtype or torch.float32))
-            else:
-                new.freeze_tied(owner)
+            if owner is not new:
+                new.follow(owner)
                 # A file may hold the tied weight under its second name, too.
                 ignored = set(model._keys_to_ignore_on_load_unexpected or ())
                 names = {f"^{name}.weight$".replace(".", r"\.") for name in names_of[site.module]}
@@ -211,18 +209,19 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         name, _, leaf = param_name.rpartition(".")
-        return leaf in PART_NAMES.values() and isinstance(model.get_submodule(name), QModule)
+        return leaf == "weight" and isinstance(model.get_submodule(name), QModule)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        if self.pre_quantized:
-            return []  # a quantized checkpoint has the names of the model itself
-        return list(super().update_weight_conversions(weight_conversions, model))
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """A quantized checkpoint has the names of the model itself. model: from 5.21 on."""
+        return [] if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in quantized_modules(model).values():
+            if not module.frozen:  # a weight that no file has
+                self._freeze_random(model, module)
             module.loaded()
         if not self.pre_quantized:
             for module in model.modules():
@@ -232,6 +231,14 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._device_map is not None:
             place(model, self._device_map)
         return model
+
+    def _freeze_random(self, model: Any, module: QModule) -> None:
+        """transformers reports a missing weight and fills it with random numbers, which it knows
+        how to draw for float layers only.
+        """
+        model._init_weights(module.to_float())
+        algorithm = get_algorithm(self.quantization_config.algorithm)
+        module.freeze(algorithm.choose(module.float_weight().detach(), None, module.scheme).weight)
 
     # --- saving, and everything after ---
 
@@ -295,7 +302,7 @@ def _differ(files: list[str] | None, target: str, source: str) -> bool:
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
-    """A float weight as it is read -> the parts of its codes."""
+    """A float weight as it is read -> codes, which its module takes; nothing is left to assign."""
 
     def __init__(self, quantizer: ZeropointQuantizer) -> None:
         self._quantizer = quantizer
@@ -304,20 +311,18 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
     def convert(
         self, input_dict: dict[str, Any], *, model: Any, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
-        parts: dict[str, Tensor] = {}
         for target, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             name = target if target.endswith(".weight") else full_layer_name
             module = model.get_submodule(name.rpartition(".")[0])
             try:
-                qweight = self._codes(module, weight)
+                module.freeze(self._codes(module, weight))
             except ZeropointError as e:
                 self._quantizer.quantization_config.error = type(e)(f"{name}: {e}")
                 raise
-            parts |= {name + suffix: part for suffix, part in qweight.parts.items()}
             drop_pages(weight)
-            kwargs["missing_keys"].difference_update(parts)
-        return parts
+            kwargs["missing_keys"].discard(name)
+        return {}
 
     def _codes(self, module: QModule, weight: Tensor) -> QTensor:
         rows = module.from_layout(weight)

@@ -161,18 +161,25 @@ class QModule(nn.Module):
                 f"a module of {self.scheme}, shape {self.shape}, cannot be tied to one that is not "
                 "frozen or differs from it"
             )
-        self._dtype = owner.qweight.dtype
-        del self._parameters["weight"]
-        self._tied_to = (owner,)
-        self._choose_kernel()
+        self.follow(owner)
+        self.loaded()
 
     @property
     @abstractmethod
     def role(self) -> Role:
         """What the module does with its weight."""
 
+    def follow(self, owner: QModule) -> None:
+        """Read the parts of `owner`, which may get them later; `loaded` is to be called then.
+        In place.
+        """
+        del self._parameters["weight"]
+        self._tied_to = (owner,)
+
     def loaded(self) -> None:
-        """To be called when somebody has put tensors in the places of the parts. In place."""
+        """To be called when parts have got their values. In place."""
+        if self._tied_to:
+            self._dtype = self._tied_to[0]._dtype
         self._choose_kernel()
 
     def choose_kernel_for(self, device: str) -> None:
