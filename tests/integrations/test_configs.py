@@ -366,6 +366,8 @@ def test_what_transformers_skips_is_skipped(name: str) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     theirs = {n for n in NAMES if not should_convert_module(n, [name])}
+    if name == "model.layers.1":  # transformers 5.20 takes that for a prefix of layer 11's name
+        theirs = {n for n in theirs if "layers.11" not in n}
     ours = {n for n in NAMES if any(fnmatchcase(n, p) for p in patterns([name]))}
     assert theirs and theirs <= ours
 
