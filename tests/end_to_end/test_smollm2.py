@@ -67,7 +67,7 @@ def test_fewer_bits_lose_more(loaded, windows, reference):
 
 
 def test_int8_activations_agree_and_outliers_kept_float_win(loaded, windows, reference):
-    """docs/calibration.md has the figures of more text, over which top-1 agreement is 0.90."""
+    """docs/calibration.md has the figures of more text."""
     model, _ = loaded
     found = {}
     for name, options in (
