@@ -25,6 +25,7 @@ def test_exported_names_are_pinned():
         "Report",
         "Rule",
         "Scheme",
+        "ZeropointConfig",
         "ZeropointError",
         "__version__",
         "calibrate",

@@ -66,6 +66,24 @@ def test_fewer_bits_lose_more(loaded, windows, reference):
     assert torch.allclose(restored, reference[:8], rtol=0, atol=1e-3), "dequantized, as it was"
 
 
+def test_int8_activations_agree_and_outliers_kept_float_win(loaded, windows, reference):
+    """docs/calibration.md has the figures of more text."""
+    model, _ = loaded
+    found = {}
+    for name, options in (
+        ("weights", {}),
+        ("dynamic", {"activations": "int8"}),
+        ("outliers", {"activations": "int8", "outlier_threshold": 6.0}),
+    ):
+        zp.quantize(model, "int8", **options)
+        with torch.no_grad():
+            candidate = log_probabilities(model, windows)
+        zp.dequantize(model)
+        found[name] = kl(reference, candidate)
+        assert agreement(reference, candidate) > 0.9 - 3 * 0.013, "3 sigma of 512 tokens"
+    assert found["weights"] < found["outliers"] < found["dynamic"] < 0.06
+
+
 def test_calibration_loses_less_than_rounding_on_other_text(loaded, windows, reference):
     """int3 in the first two layers, calibrated by 1024 tokens of the other half of the text."""
     model, tokenizer = loaded

@@ -228,6 +228,22 @@ def test_calibrating_before_freezing_and_after_give_the_same():
     assert first[0].frozen and first[0].input_range == second[0].input_range
 
 
+def test_an_algorithm_that_rescales_inputs_is_not_run_after_calibrating():
+    model = two_layers(state="live")
+    x = noise(100, W)
+    with zp.calibrate(model), torch.no_grad():
+        model(x)
+    with pytest.raises(StateError, match="^0 has a static range, and algorithm='gptq' changes wh"):
+        zp.freeze(model, "gptq", data=[x])
+    assert not model[0].frozen
+    zp.freeze(model, "mse")
+    assert model[0].frozen and model[0].input_scale is not None
+    other = two_layers(state="live")
+    zp.freeze(other, "gptq", data=[x])
+    with zp.calibrate(other), torch.no_grad():
+        other(x)
+
+
 def test_a_compiled_model_is_seen():
     model = two_layers()
     x = noise(20, W)

@@ -170,6 +170,20 @@ def test_it_compiles_as_one_graph_and_exports(way, state):
         torch._dynamo.reset()
 
 
+@every_way
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("state", ["live", "frozen"])
+def test_a_token_that_is_not_finite_gives_no_finite_output_and_spoils_no_other(way, value, state):
+    module, _ = module_of(way)
+    if state == "frozen":
+        freeze(module)
+    x = example_input(QLinear).view(6, K)
+    x[3, 5] = value
+    with torch.no_grad():
+        for _ in range(3):
+            assert module(x).isfinite().any(1).tolist() == [True, True, True, False, True, True]
+
+
 # --- the compute dtype ----------------------------------------------------------------------------
 
 compute_dtypes = pytest.mark.parametrize("compute", ["bfloat16", "float16", "float32"])

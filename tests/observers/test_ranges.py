@@ -1,5 +1,7 @@
 """Observers of ranges: what each promises, on distributions whose answer is known."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -264,3 +266,9 @@ def test_counts_below_a_point():
     found = histogram.bins().below(at) / 100_000
     assert torch.allclose(found, at.clamp(0, 1), atol=0.005)  # 100000 draws: 3 sigma of a share
     assert found[0] == 0.0 and found[-1] == 1.0
+
+
+def test_every_observer_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
+    assert OBSERVERS.keys() <= rows

@@ -44,7 +44,7 @@ from zeropoint.model.walk import (
     weight_elements,
     weight_sites,
 )
-from zeropoint.nn import QModule, quantized_type
+from zeropoint.nn import QLinear, QModule, quantized_type
 from zeropoint.numerics import check_finite, check_range
 from zeropoint.progress import OnStep, no_progress
 from zeropoint.scheme import PER_CHANNEL, Recipe, Role, Rule, Scheme
@@ -178,7 +178,8 @@ def freeze(
     batches as dictionaries of tensors, or "self", text the model writes itself, which is also the
     default. calibration: how much of it is used, and how.
 
-    Raises StateError (nothing is live), UnknownNameError, RecipeError (data for an algorithm that
+    Raises StateError (nothing is live, or inputs have static ranges that the algorithm would make
+    wrong), UnknownNameError, RecipeError (data for an algorithm that
     uses none), TextError (unusable data), NonFiniteError and ScaleRangeError naming the module.
     """
     chosen = get_algorithm(algorithm)
@@ -195,6 +196,12 @@ def freeze(
                 f"out, or use {' or '.join(repr(n) for n in known)}"
             )
         return FreezeReport(algorithm=algorithm, layers=_freeze_each(live, chosen, on_step))
+    static = [n for n, m in live.items() if isinstance(m, QLinear) and m.input_scale is not None]
+    if static:
+        raise StateError(
+            f"{static[0]} has a static range, and algorithm={algorithm!r} changes what its inputs "
+            "are; freeze first, then run the model inside `with zp.calibrate(model):`"
+        )
     options = calibration or Calibration()
     layers, prepared, warnings = calibrate(
         model,

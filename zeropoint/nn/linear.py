@@ -108,15 +108,15 @@ class QLinear(QModule):
                 x, image if self._compute is None else image.to(x.dtype), bias
             )
         assert self.kernel is not None
-        weight = self._qweight(scheme)
         bound = self._bound
-        if bound is None or not bound.holds(self._parts()):
-            if not torch.compiler.is_compiling():
-                self._bound = ops.EagerLinear(weight, self.kernel)
-                direct = scheme is self.scheme and self._compute is None
-                self._eager = self._bound if direct else None
-        elif bound.takes(x, bias):
+        holds = bound is not None and bound.holds(self._parts())
+        if bound is not None and holds and bound.takes(x, bias):
             return bound(x, bias)
+        weight = self._qweight(scheme)
+        if not holds and not torch.compiler.is_compiling():
+            self._bound = ops.EagerLinear(weight, self.kernel)
+            direct = scheme is self.scheme and self._compute is None
+            self._eager = self._bound if direct else None
         return ops.linear(x, weight, bias, self.kernel)
 
     def _unbind(self) -> None:
