@@ -272,6 +272,15 @@ def test_a_new_head_is_quantized_too(saved):
     assert torch.isfinite(outputs(model)).all()
 
 
+def test_one_config_serves_several_models(saved):
+    config = zp.ZeropointConfig("int4")
+    for name in ("llama", "gpt2"):
+        model, folder = saved(name)
+        loaded = type(model).from_pretrained(folder, quantization_config=config)
+        assert torch.equal(outputs(loaded), outputs(quantized(model, name)))
+    assert config.recipe is None
+
+
 # --- what goes wrong ---
 
 

@@ -8,6 +8,7 @@ so as soon as transformers loads its quantizers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -104,7 +105,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.compute_dtype = None if compute_dtype is None else dtype_name(compute_dtype)
         self.include = include
         self.exclude = exclude if modules_to_not_convert is None else modules_to_not_convert
-        self.recipe = recipe if recipe is None or isinstance(recipe, Recipe) else _recipe(recipe)
+        self.recipe = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else recipe
         self.strict = strict
         self.algorithm = algorithm
         self.advised: tuple[str, ...] = ()  # patterns to exclude where they match anything
@@ -129,10 +130,6 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {"quant_method": self.quant_method, **self.given}
 
 
-def _recipe(data: Mapping[str, Any]) -> Recipe:
-    return Recipe.from_dict(data)
-
-
 @register_quantizer(native.QUANT_METHOD)
 class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     """What transformers asks while it loads, saves and trains a model of ours."""
@@ -140,7 +137,9 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: ZeropointConfig
 
     def __init__(self, quantization_config: ZeropointConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # A copy learns the recipe of this model; the caller's may be used for another one.
+        super().__init__(copy.copy(quantization_config), **kwargs)
+        self.asked = quantization_config
         self.report: Report | None = None
         self._device_map: Any = None
         self._dtype: torch.dtype | None = None
@@ -318,7 +317,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             try:
                 module.freeze(self._codes(module, weight))
             except ZeropointError as e:
-                self._quantizer.quantization_config.error = type(e)(f"{name}: {e}")
+                self._quantizer.asked.error = type(e)(f"{name}: {e}")
                 raise
             drop_pages(weight)
             kwargs["missing_keys"].discard(name)
