@@ -69,9 +69,10 @@ def scale_lost(weight):
         packed = weight.packed.clone()
         packed[2] = 0
         return dataclasses.replace(weight, packed=packed)
-    scale = weight.scale.clone()
+    scale = weight.scales.clone()
     scale[2, 0] = 0
-    return dataclasses.replace(weight, scale=scale)
+    plain = dataclasses.replace(weight.scheme, double_quant=False)
+    return dataclasses.replace(weight, scale=scale, scheme=plain)
 
 
 @formats
