@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zeropoint.model.pages import trim
 from zeropoint.model.release import empty
 
 _STATUS = Path("/proc/self/status")
@@ -92,7 +92,7 @@ def release(model: nn.Module) -> int:
     before = resident_bytes()
     empty(model)
     gc.collect()
-    _trim()
+    trim()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return before - resident_bytes()
@@ -124,11 +124,3 @@ def _status(field: str) -> int:
     lines = _STATUS.read_text().splitlines()
     line = next(row for row in lines if row.startswith(f"{field}:"))
     return int(line.split()[1]) * _KIB
-
-
-def _trim() -> None:
-    """Ask the C library to give freed memory back to the system. Only glibc can."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -14,6 +14,7 @@ from zeropoint.flows.ptq import Patterns, freeze, quantize
 from zeropoint.integrations.configs import from_flags, translate
 from zeropoint.integrations.placement import place
 from zeropoint.model import load as plain
+from zeropoint.model.pages import trim
 from zeropoint.model.source import resolve
 from zeropoint.model.walk import is_quantized
 from zeropoint.scheme import Recipe
@@ -85,6 +86,8 @@ def load(
     found = resolve(source)
     if found.kind == "native":
         raise SourceError(f"{source} is quantized already; leave {', '.join(given) or 'it'} out")
+    tokenizer = plain.load_tokenizer(found)  # before the model: from a .gguf it takes much memory
+    trim()
     try:
         loaded = plain.load_float(
             found, plain.float_dtype(dtype), None, task, quantization_config=config
@@ -95,7 +98,7 @@ def load(
         quantize(loaded, recipe=config.recipe, strict=config.strict, **config.given)
         freeze(loaded, config.algorithm)
     place(loaded, device_map, offload_folder)
-    return loaded.eval(), plain.load_tokenizer(found)
+    return loaded.eval(), tokenizer
 
 
 def _config(

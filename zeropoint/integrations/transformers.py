@@ -31,7 +31,7 @@ from zeropoint.flows.report import Report
 from zeropoint.integrations.placement import place, several_devices
 from zeropoint.model.frameworks import FRAMEWORKS
 from zeropoint.model.load import expect_inputs, install
-from zeropoint.model.pages import drop_pages, own_memory
+from zeropoint.model.pages import drop_pages, own_memory, trim
 from zeropoint.model.save import contents_of, remember_recipe
 from zeropoint.model.walk import named_modules, quantized_modules, weight_sites
 from zeropoint.nn import QModule, quantized_type
@@ -49,6 +49,9 @@ _OPTIONS = (
     "include",
     "exclude",
 )
+
+
+GARBAGE_BYTES = 16 << 20  # freed memory that may still count as the process's while loading
 
 
 @register_quantization_config(native.QUANT_METHOD)
@@ -142,6 +145,7 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         self.asked = quantization_config
         self.report: Report | None = None
         self._device_map: Any = None
+        self._garbage = 0
         self._dtype: torch.dtype | None = None
 
     # --- loading ---
@@ -230,6 +234,13 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         if self._device_map is not None:
             place(model, self._device_map)
         return model
+
+    def passed(self, nbytes: int) -> None:
+        """So much of float weights is garbage: from time to time the system gets it back."""
+        self._garbage += nbytes
+        if self._garbage > GARBAGE_BYTES:
+            trim()
+            self._garbage = 0
 
     def _freeze_random(self, model: Any, module: QModule) -> None:
         """transformers reports a missing weight and fills it with random numbers, which it knows
@@ -320,6 +331,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
                 self._quantizer.asked.error = type(e)(f"{name}: {e}")
                 raise
             drop_pages(weight)
+            self._quantizer.passed(weight.nbytes)
             kwargs["missing_keys"].discard(name)
         return {}
 

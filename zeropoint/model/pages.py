@@ -1,15 +1,26 @@
-"""Pages of mapped files: they count as memory of the process until they are given back."""
+"""Memory that is free and still counts as the process's: pages of mapped files, and what the C
+library keeps for the next allocation.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 _MAPS = Path("/proc/self/maps")
+
+
+def trim() -> None:
+    """Ask the C library to give freed memory back to the system. Only glibc can."""
+    if sys.platform.startswith("linux"):
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
 
 
 def drop_pages(tensor: Tensor) -> None:
