@@ -10,6 +10,7 @@ import transformers
 
 from zeropoint.evaluate import memory
 from zeropoint.evaluate.memory import peak_rss_bytes
+from zeropoint.model import pages
 from zeropoint.model.source import resolve
 
 
@@ -78,7 +79,7 @@ def test_without_proc_the_resident_figure_comes_from_psutil(monkeypatch, tmp_pat
 def test_release_works_without_glibc_and_empties_the_cache_of_cuda(monkeypatch, platform):
     emptied = []
     monkeypatch.setattr(memory.sys, "platform", platform)
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(pages.ctypes, "CDLL", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     assert isinstance(memory.release(torch.nn.Linear(2, 2)), int)
