@@ -32,6 +32,20 @@ def same_bits(a, b):
 
 
 @every_scheme
+def test_rows_quantized_by_parts_are_those_quantized_whole(scheme):
+    weight = torch.randn((7, 96), generator=torch.Generator().manual_seed(0))
+    plain = dataclasses.replace(scheme, double_quant=False)
+    parts = [rtn(part, plain) for part in weight.split(3)]
+    if scheme.granularity == "tensor":
+        with pytest.raises(AssertionError):
+            QTensor.concatenate(parts)
+        return
+    joined, whole = QTensor.concatenate(parts).with_scheme(scheme), rtn(weight, scheme)
+    assert joined.shape == whole.shape and joined.parts.keys() == whole.parts.keys()
+    assert all(same_bits(joined.parts[suffix], whole.parts[suffix]) for suffix in whole.parts)
+
+
+@every_scheme
 def test_packing_keeps_every_code(scheme):
     for shape in [(1, 32), (5, 96), (3, 2, 16, 3)]:
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
+    from zeropoint.integrations.config import ZeropointConfig
     from zeropoint.integrations.load import load
-    from zeropoint.integrations.transformers import ZeropointConfig
     from zeropoint.model.save import save
     from zeropoint.numerics import formats
     from zeropoint.qtensor import QTensor
@@ -74,7 +74,7 @@ _HOMES = {
     "Report": "zeropoint.flows.report",
     "Rule": "zeropoint.scheme",
     "Scheme": "zeropoint.scheme",
-    "ZeropointConfig": "zeropoint.integrations.transformers",
+    "ZeropointConfig": "zeropoint.integrations.config",
     "ZeropointError": "zeropoint.errors",
     "calibrate": "zeropoint.flows.activations",
     "calibration_table": "zeropoint.flows.activations",

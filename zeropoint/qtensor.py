@@ -162,6 +162,27 @@ class QTensor:
             shape=torch.Size((len(indices), self.shape[1])),
         )
 
+    @staticmethod
+    def concatenate(parts: Sequence[QTensor]) -> QTensor:
+        """The rows of several 2-D weights of one scheme, one after the other.
+
+        Not for a scale per tensor, nor for scales in 8 bits: those blocks cross rows.
+        """
+        first = parts[0]
+        scheme = first.scheme
+        assert scheme.granularity != "tensor" and not scheme.double_quant, scheme
+        assert all(part.scheme == scheme and part.shape[1:] == first.shape[1:] for part in parts)
+        joined = {
+            suffix: torch.cat([part.parts[suffix] for part in parts]) for suffix in first.parts
+        }
+        return replace(
+            first,
+            packed=joined[""],
+            scale=joined.get("_scale"),
+            zero_point=joined.get("_zero_point"),
+            shape=torch.Size((sum(part.shape[0] for part in parts), *first.shape[1:])),
+        )
+
     def to(self, device: torch.device | str) -> QTensor:
         """The same weight on another device."""
         return replace(

@@ -11,8 +11,8 @@ from torch import nn
 
 from zeropoint.errors import RecipeError, SourceError
 from zeropoint.flows.ptq import Patterns, freeze, quantize
-from zeropoint.integrations.configs import from_flags, translate
 from zeropoint.integrations.placement import place
+from zeropoint.integrations.translate import from_flags, translate
 from zeropoint.model import load as plain
 from zeropoint.model.pages import trim
 from zeropoint.model.source import resolve
@@ -98,6 +98,7 @@ def load(
         quantize(loaded, recipe=config.recipe, strict=config.strict, **config.given)
         freeze(loaded, config.algorithm)
     place(loaded, device_map, offload_folder)
+    trim()
     return loaded.eval(), tokenizer
 
 
@@ -112,7 +113,7 @@ def _config(
     """A ZeropointConfig of whatever says how to quantize; prints a translation. Raises RecipeError
     when there are two.
     """
-    from zeropoint.integrations.transformers import ZeropointConfig
+    from zeropoint.integrations.config import ZeropointConfig
 
     flags = load_in_4bit or load_in_8bit
     says = [*given, *(["load_in_4bit / load_in_8bit"] if flags else [])]

@@ -1,10 +1,11 @@
-"""Weights of a .gguf file, one at a time: what transformers' own reader does, without ever holding
-the float model.
+"""A .gguf file: its configuration, and its weights one at a time. What transformers' own reader
+does, without ever holding the float model, or the vocabulary as Python objects.
 """
 
 from __future__ import annotations
 
 import mmap
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,35 +14,82 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zeropoint.model.lazy_rows import LazyRows
+
 # Architectures of GGUF whose tensors become those of transformers one by one. The others (experts
 # that are stacked, files that transformers reads in another way) are loaded whole.
 ONE_BY_ONE = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcessor")
+# Tables of a row per token, the largest tensors by far; transformers takes them as they are stored.
+TABLES = ("token_embd.weight", "output.weight")
 ROWS_AT_ONCE = 1024
 
 
-class LazyTensor:
-    """A tensor of the file, dequantized when it is indexed; its pages are dropped afterwards."""
+def load_config(path: Path) -> Any:
+    """The transformers configuration of the file.
 
-    def __init__(
-        self, memory: np.memmap[Any, Any], name: str, read: Callable[[], np.ndarray[Any, Any]]
-    ) -> None:
-        self._memory, self._read = memory, read
-        self.name = name
+    The same metadata and names of tensors without the vocabulary, which transformers would read
+    into some 200,000 objects, are written to a file aside, and that is what transformers reads.
+    Raises ValueError.
+    """
+    from gguf import GGUFWriter
+    from transformers import AutoConfig
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    metadata, names = read_gguf_metadata(str(path))
+    architecture = metadata["general.architecture"]
+    vocabulary_size = f"{architecture}.vocab_size"
+    if "tokenizer.ggml.tokens" in metadata:  # arrays of strings are read as their lengths
+        metadata.setdefault(vocabulary_size, metadata["tokenizer.ggml.tokens"])
+    known = GGUF_CONFIG_MAPPING.get(architecture, {})
+    if "vocab_size" not in known or vocabulary_size not in metadata:
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with tempfile.TemporaryDirectory(prefix="zeropoint-") as folder:
+        writer = GGUFWriter(Path(folder) / path.name, architecture)
+        for key, value in metadata.items():
+            if key != "general.architecture" and not _is_vocabulary(key, value):
+                _write(writer, key, value)
+        for name in names:
+            writer.add_tensor(name, np.zeros(1, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        config = AutoConfig.from_pretrained(folder, gguf_file=path.name)
+    config._name_or_path = str(path.parent)
+    return config
+
+
+def _is_vocabulary(key: str, value: Any) -> bool:
+    """Arrays of a value per token or merge; those of strings are read as their lengths."""
+    single = isinstance(value, bool | str | float) or key.endswith("_id")
+    return key.startswith("tokenizer.") and not single
+
+
+def _write(writer: Any, key: str, value: Any) -> None:
+    """A value as transformers' reader returned it: whole numbers and floats of any size."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        kind = "int64" if value < 0 else "uint64"
+    else:
+        kind = {bool: "bool", str: "string", float: "float64", list: "array"}[type(value)]
+    getattr(writer, f"add_{kind}")(key, value)
+
+
+class StoredTensor:
+    """A tensor of the file, as safetensors hands out its own: read when it is indexed."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self._read = read
 
     def __getitem__(self, _: Any) -> Tensor:
-        values = torch.from_numpy(np.ascontiguousarray(self._read()))
-        mapping: Any = getattr(self._memory, "_mmap", None)
-        if hasattr(mmap, "MADV_DONTNEED") and mapping is not None:
-            mapping.madvise(mmap.MADV_DONTNEED)
-        return values
+        return self._read()
 
 
-def lazy_state_dict(path: Path, model: nn.Module, config: Any) -> dict[str, LazyTensor] | None:
+def lazy_state_dict(path: Path, model: nn.Module, config: Any) -> dict[str, StoredTensor] | None:
     """The file's tensors under the names of transformers; None when they have to be read at once.
 
     model: a skeleton on the meta device.
     """
-    from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
     from transformers.integrations.gguf.reader import GgufHeader
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -57,27 +105,51 @@ def lazy_state_dict(path: Path, model: nn.Module, config: Any) -> dict[str, Lazy
     names = get_gguf_hf_weights_map(model, processor)
     memory = np.memmap(path, mode="r", dtype=np.uint8)
 
-    def reader(info: Any) -> Callable[[], np.ndarray[Any, Any]]:
-        def read() -> np.ndarray[Any, Any]:
-            start = header.data_start + info.offset
-            stored = memory[start : start + info.nbytes]
-            number = GGMLQuantizationType(info.ggml_type)
-            rows = stored.reshape(-1, quant_shape_to_byte_shape(info.shape, number)[-1])
-            values = np.empty(info.shape, dtype=np.float32)
-            flat = values.reshape(len(rows), -1)
-            for start in range(0, len(rows), ROWS_AT_ONCE):  # `dequantize` holds its result twice
-                part = slice(start, start + ROWS_AT_ONCE)
-                flat[part] = dequantize(_as_stored(rows[part], number), number)
+    def stored(info: Any) -> StoredTensor:
+        rows = _Rows(memory, header.data_start + info.offset, info)
+        if info.name in TABLES:
+            shape = (info.shape[0], info.shape[1])
+            return StoredTensor(lambda: LazyRows(shape, torch.float32, rows.read, ROWS_AT_ONCE))
+
+        def read() -> Tensor:
+            values = rows.read(0, rows.count).view(info.shape).numpy()
             result = processor.process(weights=values, name=info.name)
-            return np.asarray(result.weights)
+            return torch.from_numpy(np.ascontiguousarray(result.weights))
 
-        return read
+        return StoredTensor(read)
 
-    return {
-        names[info.name]: LazyTensor(memory, info.name, reader(info))
-        for info in header.tensors
-        if info.name in names
-    }
+    return {names[info.name]: stored(info) for info in header.tensors if info.name in names}
+
+
+class _Rows:
+    """A tensor's rows in the file, whose pages are dropped after reading.
+
+    info: of the tensor, as transformers' header has it.
+    """
+
+    def __init__(self, memory: np.memmap[Any, Any], start: int, info: Any) -> None:
+        from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+
+        self._memory = memory
+        self._format = GGMLQuantizationType(info.ggml_type)
+        stored = memory[start : start + info.nbytes]
+        self._stored = stored.reshape(-1, quant_shape_to_byte_shape(info.shape, self._format)[-1])
+        self._columns = info.shape[-1]
+        self.count = len(self._stored)
+
+    def read(self, first: int, end: int) -> Tensor:
+        """(end - first, columns) float32."""
+        from gguf import dequantize
+
+        values = np.empty((end - first, self._columns), dtype=np.float32)
+        for start in range(first, end, ROWS_AT_ONCE):  # `dequantize` holds its result twice
+            stop = min(start + ROWS_AT_ONCE, end)
+            rows = _as_stored(self._stored[start:stop], self._format)
+            values[start - first : stop - first] = dequantize(rows, self._format)
+        mapping: Any = getattr(self._memory, "_mmap", None)
+        if hasattr(mmap, "MADV_DONTNEED") and mapping is not None:
+            mapping.madvise(mmap.MADV_DONTNEED)
+        return torch.from_numpy(values)
 
 
 def _as_stored(data: Any, number: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, SourceError, UnknownNameError, nearest
-from zeropoint.model.gguf import lazy_state_dict
+from zeropoint.model.gguf import lazy_state_dict, load_config
+from zeropoint.model.lazy_rows import make_whole
 from zeropoint.model.replace import replace_module
 from zeropoint.model.save import remember_recipe
 from zeropoint.model.source import Source, resolve
@@ -102,14 +103,12 @@ def load_float(
     """
     from transformers import AutoConfig
 
-    where, options = _location(found)
     try:
-        config = AutoConfig.from_pretrained(where, **options)
-        kind = _model_class(config, task)
         if found.kind == "gguf":
-            return _load_gguf(Path(found.location), kind, config, dtype, device_map, **how)
-        loaded: nn.Module = kind.from_pretrained(
-            where, config=config, dtype=dtype or "auto", device_map=device_map, **how
+            return _load_gguf(Path(found.location), dtype, device_map, task, **how)
+        config = AutoConfig.from_pretrained(found.location)
+        loaded: nn.Module = _model_class(config, task).from_pretrained(
+            found.location, config=config, dtype=dtype or "auto", device_map=device_map, **how
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise SourceError(f"{found.location!r} cannot be loaded: {e}") from e
@@ -117,11 +116,13 @@ def load_float(
 
 
 def _load_gguf(
-    file: Path, kind: Any, config: Any, dtype: torch.dtype | None, device_map: Any, **how: Any
+    file: Path, dtype: torch.dtype | None, device_map: Any, task: str | None, **how: Any
 ) -> nn.Module:
     """Weight by weight where that is possible, else as transformers does it."""
     from accelerate import init_empty_weights
 
+    config = load_config(file)
+    kind = _model_class(config, task)
     with init_empty_weights():
         skeleton = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     state = lazy_state_dict(file, skeleton, config)
@@ -142,6 +143,7 @@ def _load_gguf(
         device_map=device_map,
         **how,
     )
+    make_whole(streamed)
     return streamed
 
 

@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 import zeropoint as zp
 from tests.models import build
 from zeropoint.errors import RecipeError, UnknownNameError
-from zeropoint.integrations.configs import (
+from zeropoint.integrations.translate import (
     READERS,
     TORCHAO,
     Translation,
@@ -388,7 +388,7 @@ def test_a_translation_quantizes_a_model_as_the_original_does() -> None:
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
     code = (
-        "import sys, zeropoint.integrations.configs as c; c.from_flags(load_in_4bit=True); "
+        "import sys, zeropoint.integrations.translate as c; c.from_flags(load_in_4bit=True); "
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,10 +17,8 @@ from typing import Any
 
 from zeropoint.errors import RecipeError, UnknownNameError
 
-BNB_BLOCK = (
-    64  # values that share a scale; bitsandbytes' default, and the only one transformers uses
-)
-PER_CHANNEL = -1
+BNB_BLOCK = 64  # values that share a scale: bitsandbytes' default, and all that transformers uses
+PER_CHANNEL = -1  # scheme.PER_CHANNEL, whose file imports torch
 
 
 @dataclass(frozen=True, kw_only=True)
