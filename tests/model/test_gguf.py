@@ -7,6 +7,7 @@ from transformers import AutoConfig
 import zeropoint as zp
 from bench._gguf import write_gguf
 from tests.models import llama
+from zeropoint.errors import SourceError
 from zeropoint.model import gguf as ours
 from zeropoint.model.load import load_float
 from zeropoint.model.source import Source
@@ -77,6 +78,25 @@ def test_the_vocabulary_is_not_read(tmp_path, monkeypatch):
     ours.load_config(tmp_path / "m.gguf")
     assert len(fields) == 1 and "llama.block_count" in fields[0]
     assert not {f for f in fields[0] if f.endswith((".tokens", ".merges", ".token_type"))}
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data[:100], "cannot be read as a .gguf file: "),
+        (lambda data: data[:-40], r"ends after \d+ bytes, but its tensors take \d+; download it"),
+        (lambda data: b"", "cannot be read as a .gguf file: .*empty"),
+        (lambda data: b"PK" + data, "does not start with the GGUF magic bytes"),
+    ],
+    ids=["header cut", "data cut", "empty", "another kind"],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path, change, says, weights):
+    path = tmp_path / "m.gguf"
+    write(path, "llama")
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(SourceError, match=f"m.gguf.* {says}"):
+        zp.load(path, weights=weights)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

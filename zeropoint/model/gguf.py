@@ -5,6 +5,7 @@ does, without ever holding the float model, or the vocabulary as Python objects.
 from __future__ import annotations
 
 import mmap
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zeropoint.errors import SourceError
 from zeropoint.model.lazy_rows import LazyRows
 
 # Architectures of GGUF whose tensors become those of transformers one by one. The others (experts
@@ -22,6 +24,22 @@ ONE_BY_ONE = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcesso
 # Tables of a row per token, the largest tensors by far; transformers takes them as they are stored.
 TABLES = ("token_embd.weight", "output.weight")
 ROWS_AT_ONCE = 1024
+
+
+def check_file(path: Path) -> None:
+    """Raises SourceError for what is no .gguf file, and for one that was not written to its end."""
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    try:
+        header = GgufHeader.from_file(str(path))
+    except (ValueError, struct.error, IndexError) as e:
+        raise SourceError(f"{path} cannot be read as a .gguf file: {e}") from e
+    size = path.stat().st_size
+    end = header.data_start + max((t.offset + t.nbytes for t in header.tensors), default=0)
+    if size < end:
+        raise SourceError(
+            f"{path} ends after {size} bytes, but its tensors take {end}; download it again"
+        )
 
 
 def load_config(path: Path) -> Any:

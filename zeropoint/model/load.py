@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, SourceError, UnknownNameError, nearest
-from zeropoint.model.gguf import lazy_state_dict, load_config
+from zeropoint.model.gguf import check_file, lazy_state_dict, load_config
 from zeropoint.model.lazy_rows import make_whole
 from zeropoint.model.replace import replace_module
 from zeropoint.model.save import remember_recipe
@@ -121,6 +121,7 @@ def _load_gguf(
     """Weight by weight where that is possible, else as transformers does it."""
     from accelerate import init_empty_weights
 
+    check_file(file)
     config = load_config(file)
     kind = _model_class(config, task)
     with init_empty_weights():
@@ -205,6 +206,8 @@ def load_tokenizer(found: Source) -> Any:
         for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
     ):
         return None
+    if found.kind == "gguf":
+        check_file(Path(where) / options["gguf_file"])
     try:
         return AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError) as e:
