@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from zeropoint.checkpoints.atomic import replace_directory
+from zeropoint.checkpoints.shard import as_bytes, write_file
 from zeropoint.errors import CheckpointError, ZeropointError
 from zeropoint.progress import OnStep, no_progress
 from zeropoint.qtensor import QTensor, check_parts, empty, part_specs
@@ -42,9 +42,7 @@ INDEX = "model.safetensors.index.json"
 QUANT_METHOD = "zeropoint"
 HEADER = "zeropoint"  # the manifest's key in the metadata of safetensors files
 MAX_SHARD_BYTES = 5_000_000_000
-_SLACK_BYTES = (
-    32_000_000  # headers, configuration, tokenizer: what a checkpoint holds beside its tensors
-)
+SLACK_BYTES = 32_000_000  # headers, configuration, tokenizer: what is beside the tensors
 _SUFFIXES = ("", "_scale", "_zero_point")
 
 
@@ -73,23 +71,28 @@ def write(path: Path, contents: Contents, *, overwrite: bool) -> Iterator[Path]:
     Raises CheckpointError: the folder exists (and `overwrite` is not set, or it is not a
     checkpoint), no space, read-only.
     """
-    tensors = dict(contents.tensors)
-    for name, weight in contents.qweights.items():
-        tensors |= {name + suffix: part for suffix, part in weight.parts.items()}
-    needed = sum(t.nbytes for t in tensors.values()) + _SLACK_BYTES
+    tensors = stored_tensors(contents)
+    needed = sum(t.nbytes for t in tensors.values()) + SLACK_BYTES
 
     def may_replace(existing: Path) -> str | None:
         return why_not_replace(existing, overwrite)
 
-    manifest = _manifest(contents)
     with replace_directory(path, may_replace=may_replace, needed_bytes=needed) as folder:
-        _write_shards(folder, tensors, _header(manifest))
-        config = dict(contents.config) | {
-            "quantization_config": quantization_config(contents.recipe)
-        }
-        _write_json(folder / CONFIG, config)
+        files = shards(tensors)
+        for file, group in files.items():
+            write_file(folder / file, group, metadata(contents))
+        write_index(folder, files)
+        write_config(folder, contents)
         yield folder
-        _write_json(folder / MANIFEST, _signed(manifest | {"files": _files(folder)}))
+        write_manifest(folder, contents)
+
+
+def stored_tensors(contents: Contents) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint's files by the name it has there."""
+    tensors = dict(contents.tensors)
+    for name, weight in contents.qweights.items():
+        tensors |= {name + suffix: part for suffix, part in weight.parts.items()}
+    return tensors
 
 
 def quantization_config(recipe: Recipe) -> dict[str, Any]:
@@ -103,9 +106,7 @@ def quantization_config(recipe: Recipe) -> dict[str, Any]:
 
 def header(contents: Contents) -> dict[str, str]:
     """The metadata of safetensors files that somebody else writes, with a hash of every tensor."""
-    stored = dict(contents.tensors)
-    for name, weight in contents.qweights.items():
-        stored |= {name + suffix: part for suffix, part in weight.parts.items()}
+    stored = stored_tensors(contents)
     hashes = {name: _tensor_sha256(tensor) for name, tensor in stored.items()}
     return _header(_manifest(contents) | {"hashes": hashes})
 
@@ -120,39 +121,44 @@ def why_not_replace(existing: Path, overwrite: bool) -> str | None:
     return None if overwrite else "use overwrite=True (--overwrite) to replace the checkpoint in it"
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
+def shards(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors, which may be on the meta device, by the files they belong to."""
+    groups: list[dict[str, Tensor]] = [{}]
+    held = 0
     for name, tensor in tensors.items():
-        held = sum(t.nbytes for t in shards[-1].values())
-        if shards[-1] and held + tensor.nbytes > MAX_SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor.detach().contiguous().cpu()
-    if len(shards) == 1:
-        _write_tensors(folder / "model.safetensors", shards[0], header)
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_tensors(folder / file, shard, header)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.nbytes for t in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        if groups[-1] and held + tensor.nbytes > MAX_SHARD_BYTES:
+            groups.append({})
+            held = 0
+        groups[-1][name] = tensor
+        held += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    of = f"of-{len(groups):05d}"
+    return {f"model-{i:05d}-{of}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """One safetensors file, the same bytes every time: its writer shuffles the metadata's keys."""
-    metadata = {"format": "pt"} | header
-    save_file(tensors, path, metadata=metadata)
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-        ordered = {"__metadata__": metadata} | {
-            name: row for name, row in entries.items() if name != "__metadata__"
-        }
-        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size, "the header grew by being ordered"
-        file.seek(8)
-        file.write(text.ljust(size))
+def metadata(contents: Contents) -> dict[str, str]:
+    """Of every safetensors file of a checkpoint. The tensors may be on the meta device."""
+    return {"format": "pt"} | _header(_manifest(contents))
+
+
+def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Which file holds which tensor, where there are several."""
+    if len(files) > 1:
+        total = sum(t.nbytes for group in files.values() for t in group.values())
+        weight_map = {name: file for file, group in files.items() for name in group}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_config(folder: Path, contents: Contents) -> None:
+    """config.json."""
+    quantization = {"quantization_config": quantization_config(contents.recipe)}
+    _write_json(folder / CONFIG, dict(contents.config) | quantization)
+
+
+def write_manifest(folder: Path, contents: Contents) -> None:
+    """The manifest, with the hashes of all files that are in the folder: the last to be written."""
+    _write_json(folder / MANIFEST, _signed(_manifest(contents) | {"files": _files(folder)}))
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -199,8 +205,7 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _tensor_sha256(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
+    return hashlib.sha256(as_bytes(tensor)).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -165,10 +165,7 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes. Raises StateError for a live model."""
         contents = contents_of(model)
-        state: dict[str, Tensor] = dict(contents.tensors)
-        for name, weight in contents.qweights.items():
-            state |= {name + suffix: part for suffix, part in weight.parts.items()}
-        return state, native.header(contents)
+        return native.stored_tensors(contents), native.header(contents)
 
     def is_serializable(self) -> bool:
         return True
