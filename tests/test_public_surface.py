@@ -31,6 +31,7 @@ def test_exported_names_are_pinned():
         "calibrate",
         "calibration_table",
         "compare",
+        "compress",
         "dequantize",
         "footprint",
         "formats",

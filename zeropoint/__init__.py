@@ -32,6 +32,7 @@ __all__ = [
     "calibrate",
     "calibration_table",
     "compare",
+    "compress",
     "dequantize",
     "footprint",
     "formats",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
+    from zeropoint.flows.stream import compress
     from zeropoint.integrations.config import ZeropointConfig
     from zeropoint.integrations.load import load
     from zeropoint.model.save import save
@@ -79,6 +81,7 @@ _HOMES = {
     "calibrate": "zeropoint.flows.activations",
     "calibration_table": "zeropoint.flows.activations",
     "compare": "zeropoint.evaluate.compare",
+    "compress": "zeropoint.flows.stream",
     "dequantize": "zeropoint.flows.ptq",
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",

@@ -11,6 +11,7 @@ ZeropointError
 │   └── ScaleRangeError     a value or scale outside what its storage dtype can hold
 ├── StateError              the model is not in the state the call needs (live, frozen, float)
 ├── SourceError             a model that cannot be found or loaded
+│   └── StreamError         one that cannot be read weight by weight, only as a whole
 ├── CheckpointError         a checkpoint that is damaged, foreign, newer, or cannot be written
 ├── TextError               a prompt or text that is too short or too long
 └── KernelError             the kernel asked for cannot run here
@@ -64,6 +65,10 @@ class StateError(ZeropointError):
 
 class SourceError(ZeropointError):
     """A model that cannot be found or loaded."""
+
+
+class StreamError(SourceError):
+    """A model that cannot be read weight by weight, only as a whole."""
 
 
 class CheckpointError(ZeropointError):

@@ -158,7 +158,8 @@ def test_ctrl_c_while_writing_leaves_no_partial_folder(
     if replacing:
         checkpoint.rename(where / "int4")
     before = {p.name: p.read_bytes() for p in where.rglob("*") if p.is_file()}
-    options = ["--weights", "int4", "--overwrite"]
+    # With a dtype to convert to, the model is loaded as a whole.
+    options = ["--weights", "int4", "--overwrite", "--dtype", "float32"]
     command = [sys.executable, "-c", INTERRUPT_BEFORE_THE_RENAME, str(where), "quantize"]
     ran = subprocess.run(
         [*command, str(llama), "-o", str(where / "int4"), *options],
@@ -170,3 +171,24 @@ def test_ctrl_c_while_writing_leaves_no_partial_folder(
     assert ".int4.partial-" in ran.stdout  # it had begun to write
     assert [p.name for p in where.iterdir()] == (["int4"] if replacing else [])
     assert {p.name: p.read_bytes() for p in where.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_ctrl_c_while_streaming_keeps_what_is_done_aside(
+    cli: Cli, llama: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    where = tmp_path / "out"
+    where.mkdir()
+    checkpoint.rename(where / "int4")
+    before = {p.name: p.read_bytes() for p in (where / "int4").iterdir()}
+    arguments = ["quantize", str(llama), "-o", str(where / "int4"), "--overwrite"]
+    command = [sys.executable, "-c", INTERRUPT_BEFORE_THE_RENAME, str(where)]
+    ran = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert ran.returncode == 128 + signal.SIGINT, ran.stderr
+    assert "the same command goes on" in ran.stderr
+    assert sorted(p.name for p in where.iterdir()) == [".int4.unfinished", "int4"]
+    assert {p.name: p.read_bytes() for p in (where / "int4").iterdir()} == before
+    assert cli(*arguments).code == 0
+    assert [p.name for p in where.iterdir()] == ["int4"]
+    assert zeropoint.verify(where / "int4") == []
+    assert (where / "int4" / "model.safetensors").read_bytes() != before["model.safetensors"]

@@ -219,7 +219,7 @@ def test_a_truncated_file(cli: Cli, llama: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     ran = cli("quantize", broken, "-o", tmp_path / "out")
     assert ran.code == 2
-    assert "cannot be loaded" in ran.err
+    assert "cannot be read: Error while deserializing header" in ran.err
     assert not (tmp_path / "out").exists()
 
 

@@ -39,19 +39,12 @@ def replace_directory(
         check_writable(path, may_replace)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
-        free = shutil.disk_usage(path.parent).free
-        if free < needed_bytes:
-            raise CheckpointError(
-                f"{path} needs {needed_bytes / 1e6:,.1f} MB, but {path.parent} has "
-                f"{free / 1e6:,.1f} MB free; "
-                "free some space or write to another disk"
-            )
+        check_space(path, needed_bytes)
         prefix = f"{_prefix(path)}{os.getpid()}-"
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        _flush(temporary)
-        _move_into_place(temporary, path)
+        install_directory(temporary, path)
     except (OSError, SafetensorError) as e:
         raise CheckpointError(f"{path} cannot be written: {e}") from e
     finally:
@@ -74,6 +67,25 @@ def check_writable(path: Path, may_replace: Callable[[Path], str | None]) -> Non
         reason = may_replace(path)
         if reason is not None:
             raise CheckpointError(f"{path} exists and is not empty; {reason}")
+
+
+def check_space(path: Path, needed_bytes: int) -> None:
+    """Raises CheckpointError when the disk of `path`, whose parent exists, has less left."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"{path} needs {needed_bytes / 1e6:,.1f} MB, but {path.parent} has "
+            f"{free / 1e6:,.1f} MB free; "
+            "free some space or write to another disk"
+        )
+
+
+def install_directory(new: Path, path: Path) -> None:
+    """Flush the folder `new` to the disk and put it in the place of `path`, which is afterwards at
+    `new` if it existed. Both are absolute, and on one disk. Raises OSError.
+    """
+    _flush(new)
+    _move_into_place(new, path)
 
 
 def _prefix(path: Path) -> str:

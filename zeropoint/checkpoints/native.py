@@ -49,7 +49,8 @@ _SUFFIXES = ("", "_scale", "_zero_point")
 @dataclass(frozen=True, kw_only=True)
 class Contents:
     """A checkpoint's tensors. qweights, tensors: by their full names. tied: other name -> name it
-    shares storage with. inputs: by layer, where the static range of its input comes from.
+    shares storage with. inputs: by layer, where the static range of its input comes from. carried:
+    those of `tensors` that the model does not have; they were in its float checkpoint.
     """
 
     qweights: Mapping[str, QTensor]
@@ -58,6 +59,7 @@ class Contents:
     recipe: Recipe
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
 
 
 # --- writing ---
@@ -188,6 +190,8 @@ def _manifest(contents: Contents) -> dict[str, Any]:
     }
     if contents.inputs:
         manifest["inputs"] = {name: dict(row) for name, row in contents.inputs.items()}
+    if contents.carried:
+        manifest["carried"] = list(contents.carried)
     return manifest
 
 
@@ -261,6 +265,7 @@ def read(path: Path) -> Contents:
         recipe=_recipe(path, config),
         config=config,
         inputs=manifest.get("inputs", {}),
+        carried=tuple(manifest.get("carried", ())),
     )
 
 
@@ -379,6 +384,9 @@ def _parsed(path: Path, manifest: dict[str, Any], optional: tuple[str, ...]) -> 
     for file in manifest["files"]:
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise CheckpointError(f"{path} names {file!r}, which is outside the folder")
+    carried = manifest.get("carried", [])
+    if not isinstance(carried, list) or not all(name in manifest["tensors"] for name in carried):
+        raise CheckpointError(f"{path}: 'carried' names what is not among its tensors")
     problem = _inputs_problem(manifest.get("inputs", {}))
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,6 +150,12 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DIR.")
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Start over, where an earlier run that was interrupted left its work."
+        ),
+    ] = False,
     json_to: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -158,12 +164,9 @@ def quantize(
     screen = Screen(json_to)
     _refuse_json_in(output, json_to)
     with screen.spinner("starting"):
-        import zeropoint as zp
-        from zeropoint.algorithms import get_algorithm
         from zeropoint.checkpoints import native
         from zeropoint.checkpoints.atomic import check_writable
         from zeropoint.evaluate.memory import peak_rss_bytes
-        from zeropoint.flows.activations import calibrate_on
         from zeropoint.model.load import float_dtype
         from zeropoint.scheme import Scheme
 
@@ -200,23 +203,139 @@ def quantize(
         if scheme.fmt.kind == "downcast" and rest is None:
             rest = scheme.fmt.dtype  # a downcast model computes in its own dtype
 
+    how = {
+        "weights": weights,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quant": double_quant,
+        "activations": activations,
+        "outlier_threshold": outlier_threshold,
+        "compute_dtype": compute_dtype,
+        "include": include or None,
+        "exclude": exclude or None,
+        "recipe": rules,
+        "strict": strict,
+    }
+    done = None
+    if texts is None and rest is None:
+        done = _streamed(screen, model, output, how, algorithm, overwrite=overwrite, fresh=fresh)
+    if done is None:
+        done = _in_memory(
+            screen, model, output, how, algorithm, rest, observer, texts, options, overwrite
+        )
+
+    seconds = time.perf_counter() - start
+    peak = peak_rss_bytes()
+    report = done.report
+    screen.json(
+        {"model": model, "output": str(output), "algorithm": algorithm}
+        | report.to_dict()
+        | {"calibration": done.frozen.to_dict(), "inputs": done.inputs}
+        | {"bytes_after": done.total_bytes, "bits_per_weight": done.bits_per_weight}
+        | {"seconds": seconds, "peak_rss_bytes": peak}
+    )
+    for warning in dict.fromkeys(
+        (*report.warnings, *done.frozen.warnings, *done.inputs["warnings"])
+    ):
+        screen.warn(warning)
+    _show(screen, report)
+    _show_layers(screen, done.frozen)
+    screen.line()
+    screen.line(
+        (f"{megabytes(report.bytes_before)} -> {megabytes(done.total_bytes)}", "bold"),
+        f", {done.bits_per_weight:.2f} bits per weight, ",
+        f"{report.coverage:.1%} of weight matrices quantized",
+    )
+    screen.line(
+        "wrote ", (str(output), "bold"), f" in {seconds:.1f} s, peak memory {megabytes(peak)}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Done:
+    """What there is to tell. inputs: as JSON has it. The rest is of the result."""
+
+    report: Report
+    frozen: FreezeReport
+    inputs: dict[str, Any]
+    total_bytes: int
+    bits_per_weight: float
+
+
+NO_RANGES: dict[str, Any] = {
+    "observer": None,
+    "source": None,
+    "tokens": 0,
+    "warnings": [],
+    "modules": [],
+}
+
+
+def _streamed(
+    screen: Screen,
+    model: str,
+    output: Path,
+    how: dict[str, Any],
+    algorithm: str,
+    *,
+    overwrite: bool,
+    fresh: bool,
+) -> _Done | None:
+    """Weight by weight, from files to files; None where the model can only be read as a whole."""
+    import zeropoint as zp
+    from zeropoint.errors import StreamError
+    from zeropoint.flows.report import data_free
+    from zeropoint.model.source import resolve
+
+    if resolve(model).kind == "gguf":
+        return None
+    try:
+        with screen.progress("quantizing (MB)") as on_step:
+            report = zp.compress(
+                model,
+                output,
+                **how,
+                algorithm=algorithm,
+                overwrite=overwrite,
+                fresh=fresh,
+                on_step=on_step,
+            )
+    except KeyboardInterrupt:
+        screen.warn("what is done is kept; the same command goes on with it")
+        raise
+    except StreamError as e:
+        screen.warn(f"the model is loaded as a whole: {e}")
+        return None
+    return _Done(
+        report=report,
+        frozen=data_free(report, algorithm),
+        inputs=NO_RANGES,
+        total_bytes=report.bytes_after,
+        bits_per_weight=report.bits_per_weight,
+    )
+
+
+def _in_memory(
+    screen: Screen,
+    model: str,
+    output: Path,
+    how: dict[str, Any],
+    algorithm: str,
+    rest: Any,
+    observer: str | None,
+    texts: str | list[str] | None,
+    options: Calibration,
+    overwrite: bool,
+) -> _Done:
+    """The model as a whole: it has to run, or its other weights change their dtype."""
+    import zeropoint as zp
+    from zeropoint.algorithms import get_algorithm
+    from zeropoint.flows.activations import calibrate_on
+
     with screen.spinner(f"loading {model}"):
         loaded, tokenizer = zp.load(model)
     with screen.spinner("checking the weights"):
-        report = zp.quantize(
-            loaded,
-            weights,
-            group_size=group_size,
-            symmetric=symmetric,
-            double_quant=double_quant,
-            activations=activations,
-            outlier_threshold=outlier_threshold,
-            compute_dtype=compute_dtype,
-            include=include or None,
-            exclude=exclude or None,
-            recipe=rules,
-            strict=strict,
-        )
+        report = zp.quantize(loaded, **how)
     calibrated = get_algorithm(algorithm).needs != "nothing"
     with screen.progress("quantizing") as on_step:
         frozen = zp.freeze(
@@ -227,41 +346,21 @@ def quantize(
             calibration=options if calibrated else None,
             on_step=on_step,
         )
-    loaded.to(
-        rest
-    )  # after freezing: codes are chosen from the stored weights, not from rounded ones
+    # After freezing: codes are chosen from the stored weights, not from rounded ones.
+    loaded.to(rest)
     ranges = None
     if observer is not None:  # last: by the layers as they will be
         with screen.progress("calibrating activations") as on_step:
             ranges = calibrate_on(loaded, observer, texts, tokenizer, options, on_step)
     with screen.spinner(f"writing {output}"):
         zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
-
-    seconds = time.perf_counter() - start
-    peak = peak_rss_bytes()
     size = zp.footprint(loaded)
-    screen.json(
-        {"model": model, "output": str(output), "algorithm": algorithm}
-        | report.to_dict()
-        | {"calibration": frozen.to_dict()}
-        | {"inputs": _inputs(loaded, observer, ranges)}
-        | {"bytes_after": size.total_bytes, "bits_per_weight": size.bits_per_weight}
-        | {"seconds": seconds, "peak_rss_bytes": peak}
-    )
-    for warning in dict.fromkeys(
-        (*report.warnings, *frozen.warnings, *(ranges.warnings if ranges else ()))
-    ):
-        screen.warn(warning)
-    _show(screen, report)
-    _show_layers(screen, frozen)
-    screen.line()
-    screen.line(
-        (f"{megabytes(report.bytes_before)} -> {megabytes(size.total_bytes)}", "bold"),
-        f", {size.bits_per_weight:.2f} bits per weight, ",
-        f"{report.coverage:.1%} of weight matrices quantized",
-    )
-    screen.line(
-        "wrote ", (str(output), "bold"), f" in {seconds:.1f} s, peak memory {megabytes(peak)}"
+    return _Done(
+        report=report,
+        frozen=frozen,
+        inputs=_inputs(loaded, observer, ranges),
+        total_bytes=size.total_bytes,
+        bits_per_weight=size.bits_per_weight,
     )
 
 
@@ -327,7 +426,7 @@ def _inputs(model: nn.Module, observer: str | None, ranges: Prepared | None) -> 
     from zeropoint.flows.activations import calibration_table
 
     if ranges is None:
-        return {"observer": None, "source": None, "tokens": 0, "warnings": [], "modules": []}
+        return NO_RANGES
     return {
         "observer": observer,
         "source": ranges.source,

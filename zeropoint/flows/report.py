@@ -144,3 +144,13 @@ class Report:
                 + (f"; {reason}" if reason else "")
             )
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+
+def data_free(report: Report, algorithm: str) -> FreezeReport:
+    """What there is to say of codes that were found without data: one algorithm for all."""
+    layers = [
+        LayerReport(name=m.name, algorithm=algorithm, reason=m.reason)
+        for m in report.modules
+        if m.action == "quantized"
+    ]
+    return FreezeReport(algorithm=algorithm, layers=tuple(layers))

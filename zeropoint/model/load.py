@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zeropoint.checkpoints import native
-from zeropoint.errors import CheckpointError, SourceError, UnknownNameError, nearest
+from zeropoint.errors import CheckpointError, SourceError, StreamError, UnknownNameError, nearest
 from zeropoint.model.gguf import check_file, lazy_state_dict, load_config
 from zeropoint.model.lazy_rows import make_whole
 from zeropoint.model.replace import replace_module
@@ -119,13 +120,10 @@ def _load_gguf(
     file: Path, dtype: torch.dtype | None, device_map: Any, task: str | None, **how: Any
 ) -> nn.Module:
     """Weight by weight where that is possible, else as transformers does it."""
-    from accelerate import init_empty_weights
-
     check_file(file)
     config = load_config(file)
     kind = _model_class(config, task)
-    with init_empty_weights():
-        skeleton = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    skeleton = without_values(kind, config)
     state = lazy_state_dict(file, skeleton, config)
     if state is None:
         loaded = kind.from_pretrained(
@@ -136,7 +134,7 @@ def _load_gguf(
             device_map=device_map,
         )
         return _plain(loaded)
-    streamed: nn.Module = type(skeleton).from_pretrained(
+    streamed: nn.Module = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
         None,
         config=config,
         state_dict=state,
@@ -154,6 +152,61 @@ def _location(found: Source) -> tuple[str, dict[str, Any]]:
         file = Path(found.location)
         return str(file.parent), {"gguf_file": file.name}
     return found.location, {}
+
+
+def float_skeleton(folder: Path, task: str | None = None) -> nn.Module:
+    """The model of a float checkpoint, its parameters on the meta device. Raises SourceError."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return without_values(_model_class(config, task), config)
+    except (OSError, ValueError) as e:
+        raise SourceError(f"{str(folder)!r} cannot be loaded: {e}") from e
+
+
+def model_names(model: Any, stored: Iterable[str], ours: Collection[str]) -> dict[str, str]:
+    """The names that transformers gives a checkpoint's tensors when it loads it, by those in its
+    files; names of which it makes nothing in the model as they are.
+
+    stored: names in the files. ours: names in the model. Raises StreamError where it would merge or
+    split tensors.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    known = dict.fromkeys(ours, True)
+    names: dict[str, str] = {}
+    for name in stored:
+        new, converted = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, known
+        )
+        if new not in known and name in known:
+            new, converted = name, None
+        if converted is not None:
+            raise StreamError(
+                f"transformers makes {new} of {name} and others while it loads a "
+                f"{type(model).__name__}; quantize it by zp.load(source, weights=...)"
+            )
+        names[name] = new if new in known else name
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise StreamError(f"several tensors of the files are {twice[0]} in the model")
+    return names
+
+
+def without_values(kind: Any, config: Any) -> nn.Module:
+    """A model of a class of transformers, its parameters on the meta device."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        skeleton: Any = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+    skeleton.tie_weights()  # each had got a parameter of its own
+    model: nn.Module = skeleton
+    return model
 
 
 def _model_class(config: Any, task: str | None) -> Any:
@@ -183,13 +236,10 @@ def _plain(loaded: Any) -> nn.Module:
     """The same weights in a model that transformers does not mark as GGUF-quantized: they have been
     dequantized.
     """
-    from accelerate import init_empty_weights
-
     config = loaded.config
     with suppress(AttributeError):
         del config.quantization_config
-    with init_empty_weights():
-        plain = type(loaded)(config)
+    plain: Any = without_values(type(loaded), config)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
@@ -293,7 +343,6 @@ def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
-    from accelerate import init_empty_weights
     from transformers import AutoConfig
 
     if "model_type" not in config:
@@ -303,16 +352,13 @@ def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
         )
     data = {k: v for k, v in config.items() if k != "quantization_config"}
     parsed = AutoConfig.for_model(**data)
-    kind = _model_class(parsed, task)
-    with init_empty_weights():
-        skeleton: nn.Module = (
-            kind.from_config(parsed) if hasattr(kind, "from_config") else kind(parsed)
-        )
+    skeleton: Any = without_values(_model_class(parsed, task), parsed)
     if (path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
         skeleton.generation_config = GenerationConfig.from_pretrained(path)
-    return skeleton
+    loaded: nn.Module = skeleton
+    return loaded
 
 
 def _quantized(
@@ -351,8 +397,9 @@ def _fill(path: Path, model: nn.Module, contents: native.Contents) -> None:
                 new = _take(path, prefix + leaf, contents, left)
                 _check_shape(path, prefix + leaf, new, old)
                 module._buffers[leaf] = new
-    if left:
-        raise CheckpointError(f"{path} holds {sorted(left)[0]}, which the model does not have")
+    left_over = left.keys() - {*contents.carried}
+    if left_over:
+        raise CheckpointError(f"{path} holds {sorted(left_over)[0]}, which the model does not have")
 
 
 def _fix_input(

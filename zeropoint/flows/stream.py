@@ -1,0 +1,467 @@
+"""From a float checkpoint to a quantized one, weight by weight: memory holds a few weights whatever
+the size of the model, and a run that was interrupted goes on where it ended.
+
+    headers --planned--> the output's files, laid out --each weight: read, quantize, write--> verify
+
+Everything is written into a folder beside the output, which takes its place at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeropoint.algorithms import Algorithm, get_algorithm
+from zeropoint.checkpoints import native
+from zeropoint.checkpoints.atomic import check_space, check_writable, install_directory
+from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored, read_headers
+from zeropoint.checkpoints.journal import Journal
+from zeropoint.checkpoints.shard import Shard, as_bytes, layout
+from zeropoint.errors import (
+    CheckpointError,
+    RecipeError,
+    SourceError,
+    StreamError,
+    ZeropointError,
+)
+from zeropoint.flows.ptq import Patterns, dtype_name, planned
+from zeropoint.flows.report import Report
+from zeropoint.model.load import float_skeleton, install, model_names
+from zeropoint.model.pages import drop_pages
+from zeropoint.model.save import contents_of, remember_recipe
+from zeropoint.model.source import Source, resolve
+from zeropoint.model.walk import named_modules
+from zeropoint.nn import QModule, quantized_type
+from zeropoint.numerics import check_finite
+from zeropoint.progress import OnStep, no_progress
+from zeropoint.qtensor import QTensor, empty
+from zeropoint.scheme import Recipe
+
+JOURNAL = "journal.jsonl"
+WORKERS = 2
+
+
+def compress(
+    source: str | Path,
+    out: str | Path,
+    weights: str | None = None,
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    double_quant: bool | None = None,
+    activations: str | None = None,
+    outlier_threshold: float | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    recipe: Recipe | None = None,
+    strict: bool = True,
+    algorithm: str = "rtn",
+    task: str | None = None,
+    overwrite: bool = False,
+    fresh: bool = False,
+    workers: int = WORKERS,
+    on_step: OnStep = no_progress,
+) -> Report:
+    """Quantize a checkpoint that may be larger than memory into another one.
+
+    source: a folder of safetensors, or a hub id. out: the folder to write. weights to strict: as
+    `zp.quantize` takes them. algorithm: "rtn" or "mse". task: as `zp.load` takes it. overwrite:
+    replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized and written
+    at the same time.
+
+    A run that ended early left what it had done beside `out`, and the same call goes on with it;
+    the result is the same, byte by byte. fresh: start over instead. Files of the source that hold
+    no weights are copied, tensors that the model does not have are carried over as they are. The
+    result is read again and verified before it takes its place.
+    Raises StreamError (a .gguf file, or a checkpoint whose tensors transformers merges or casts
+    while it loads them: use zp.load(source, weights=...) and zp.save), SourceError,
+    CheckpointError, and what `zp.quantize` raises.
+    """
+    options = {
+        "weights": weights,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quant": double_quant,
+        "activations": activations,
+        "outlier_threshold": outlier_threshold,
+        "compute_dtype": None if compute_dtype is None else dtype_name(compute_dtype),
+        "include": include,
+        "exclude": exclude,
+    }
+    chosen = get_algorithm(algorithm)
+    if chosen.needs != "nothing":
+        raise RecipeError(
+            f"algorithm={algorithm!r} needs calibration data and a model that runs; load it, then "
+            f"zp.quantize and zp.freeze(model, {algorithm!r}, data=...)"
+        )
+    if workers < 1:
+        raise RecipeError(f"workers={workers}: there must be at least 1")
+    out = Path(os.path.abspath(out))
+    check_writable(out, lambda existing: native.why_not_replace(existing, overwrite))
+    job = prepare(local_folder(resolve(source)), options, recipe=recipe, strict=strict, task=task)
+    _run(job, chosen, out, fresh=fresh, workers=workers, on_step=on_step)
+    return job.report
+
+
+# --- what is to be done ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checkpoint to be written. contents: of the output, its tensors without values where a file
+    has them. sources: where each weight and tensor of it is read, by its name in the output.
+    """
+
+    folder: Path
+    contents: native.Contents
+    sources: Mapping[str, Stored]
+    transposed: frozenset[str]
+    report: Report
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Of all tensors."""
+        return sum(stored.nbytes for stored in self.sources.values())
+
+
+def local_folder(found: Source) -> Path:
+    """The folder of a float checkpoint, downloaded if it is on the hub. Raises SourceError."""
+    if found.kind == "hub":
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        skipped = [f"*{s}" for s in WEIGHT_SUFFIXES if "safetensors" not in s]
+        try:
+            return Path(snapshot_download(found.location, ignore_patterns=skipped))
+        except (OSError, ValueError, HfHubHTTPError) as e:
+            raise SourceError(f"{found.location!r} cannot be downloaded: {e}") from e
+    if found.kind != "directory":
+        what = "is quantized already" if found.kind == "native" else "is a .gguf file"
+        raise StreamError(
+            f"{found.location} {what}; a folder of safetensors with float weights is needed"
+        )
+    return Path(found.location)
+
+
+def prepare(
+    folder: Path,
+    options: Mapping[str, Any],
+    *,
+    recipe: Recipe | None = None,
+    strict: bool = True,
+    task: str | None = None,
+) -> Job:
+    """What `compress` would write, from config.json and the headers alone.
+
+    Raises SourceError, CheckpointError, and what `zp.quantize` raises but for errors about values.
+    """
+    stored = read_headers(folder)
+    skeleton: Any = float_skeleton(folder, task)
+    files = _Files(folder, stored, model_names(skeleton, stored, skeleton.state_dict().keys()))
+    _untie(skeleton, files)
+    dtype = _dtype(skeleton, stored)
+    for parameter in skeleton.parameters():
+        parameter.data = parameter.data.to(dtype)
+    plan = planned(skeleton, options, recipe=recipe, strict=strict)
+    transposed = _freeze_without_values(folder, skeleton, plan.schemes, dtype)
+    remember_recipe(skeleton, plan.report.recipe)
+    contents = contents_of(skeleton)
+    for alias, owner in contents.tied.items():  # the files may hold it under any of its names
+        if alias in files.left:
+            files.left.setdefault(owner, files.left.pop(alias))
+    sources: dict[str, Stored] = {}
+    for name, weight in contents.qweights.items():
+        shape = weight.shape[::-1] if name in transposed else weight.shape
+        sources[name] = files.take(name, tuple(shape))
+    for name, tensor in contents.tensors.items():
+        if tensor.is_meta or name in files.left:
+            sources[name] = files.take(name, tuple(tensor.shape))
+    carried = {
+        name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in files.left.items()
+    }
+    return Job(
+        folder=folder,
+        contents=replace(
+            contents, tensors=dict(contents.tensors) | carried, carried=tuple(carried)
+        ),
+        sources=sources | files.left,
+        transposed=transposed,
+        report=plan.report,
+    )
+
+
+def _dtype(skeleton: Any, stored: Mapping[str, Stored]) -> torch.dtype:
+    """What transformers loads the float tensors in: the configuration's dtype, else the first."""
+    dtype: torch.dtype | None = getattr(skeleton.config, "dtype", None)
+    if dtype is None:
+        floats = (s.dtype for s in stored.values() if s.dtype.is_floating_point)
+        dtype = next(floats, torch.float32)
+    wide = getattr(skeleton, "_keep_in_fp32_modules", None) or ()
+    strict = getattr(skeleton, "_keep_in_fp32_modules_strict", None) or ()
+    if dtype != torch.float32 and (wide or strict):
+        raise StreamError(
+            f"transformers loads {', '.join([*wide, *strict])} of a {type(skeleton).__name__} in "
+            f"float32 and the rest in {dtype}; quantize it by zp.load(source, weights=...)"
+        )
+    return dtype
+
+
+def _freeze_without_values(
+    folder: Path, skeleton: nn.Module, schemes: Mapping[Any, Any], dtype: torch.dtype
+) -> frozenset[str]:
+    """Frozen modules in the places of float ones, on the meta device. In place. Returns the names
+    of weights whose files hold them as (K, N).
+    """
+    weights: dict[str, QTensor] = {}
+    tied: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    transposed = set()
+    for site, scheme in schemes.items():
+        kind = quantized_type(site.module)
+        assert kind is not None
+        name = f"{site.name}.weight"
+        owner = owners.setdefault(site.tied, name)
+        if owner != name:
+            tied[name] = owner
+            continue
+        shape = kind.weight_shape(site.module)
+        weights[name] = empty(shape, scheme, dtype)
+        marker = torch.empty((1, 2), device="meta")
+        if kind.from_layout(marker).shape != marker.shape:
+            transposed.add(name)
+    install(folder, skeleton, weights, tied)
+    names_of = named_modules(skeleton)
+    first = {n: names[0] for m, names in names_of.items() for n in names if isinstance(m, QModule)}
+    return frozenset(f"{first[n.removesuffix('.weight')]}.weight" for n in transposed)
+
+
+class _Files:
+    """The tensors of the files by the names they have in the model."""
+
+    def __init__(
+        self, folder: Path, stored: Mapping[str, Stored], names: Mapping[str, str]
+    ) -> None:
+        self._folder = folder
+        self.left = {names[name]: tensor for name, tensor in stored.items()}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Stored:
+        """The tensor of this name, which is not left then. Raises SourceError."""
+        stored = self.left.pop(name, None)
+        if stored is None:
+            raise SourceError(f"{self._folder} is incomplete: it has no {name}")
+        if stored.shape != shape:
+            raise SourceError(
+                f"{self._folder}: {stored.name} is {stored.shape}, but the model has {shape}; is "
+                "config.json of this checkpoint?"
+            )
+        return stored
+
+
+def _untie(model: Any, files: _Files) -> None:
+    """Give weights that the configuration calls one, but of which the files hold two, a parameter
+    each. In place. transformers does so while it loads.
+    """
+    for alias, owner in model.all_tied_weights_keys.items():
+        first, second = files.left.get(alias), files.left.get(owner)
+        if first is not None and second is not None and _differ(first, second):
+            module, _, leaf = alias.rpartition(".")
+            old = model.get_parameter(alias)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(torch.empty_like(old)))
+
+
+def _differ(first: Stored, second: Stored) -> bool:
+    if first.shape != second.shape:
+        return True
+    tensors = first.read(), second.read()
+    equal = torch.equal(*tensors)
+    for tensor in tensors:
+        drop_pages(tensor)
+    return not equal
+
+
+# --- doing it ---
+
+
+def _run(
+    job: Job, algorithm: Algorithm, out: Path, *, fresh: bool, workers: int, on_step: OnStep
+) -> None:
+    working = out.with_name(f".{out.name}.unfinished")
+    written = working / "checkpoint"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            shutil.rmtree(working, ignore_errors=True)
+        written.mkdir(parents=True, exist_ok=True)
+        journal = Journal(working / JOURNAL, _identity(job, algorithm), fresh=fresh)
+    except OSError as e:
+        raise CheckpointError(f"{out} cannot be written: {e}") from e
+    try:
+        _keep_only_tensors(written)
+        _write_tensors(job, algorithm, written, journal, workers, on_step)
+        _copy_files(job.folder, written)
+        native.write_config(written, job.contents)
+        native.write_manifest(written, job.contents)
+        problems = native.verify(
+            written, on_step=lambda what, done, total: on_step(f"verifying {what}", done, total)
+        )
+        if problems:
+            raise CheckpointError(
+                f"{written} was written, but reads back differently: {problems[0]}; is the disk "
+                "sound? The same call goes on"
+            )
+        install_directory(written, out)
+    except OSError as e:
+        raise CheckpointError(
+            f"{out} cannot be written: {e}; what is done lies in {working}, and the same call goes "
+            "on with it"
+        ) from e
+    finally:
+        journal.close()
+    shutil.rmtree(working, ignore_errors=True)
+
+
+def _keep_only_tensors(folder: Path) -> None:
+    """Remove what an earlier run wrote after the tensors: it is written again."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".safetensors":
+            path.unlink()
+
+
+def _identity(job: Job, algorithm: Algorithm) -> dict[str, Any]:
+    """What has to be equal for a run to go on with another's work."""
+    files = sorted({stored.file for stored in job.sources.values()})
+    return {
+        "zeropoint_version": importlib.metadata.version("zeropoint"),
+        "source": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
+        "recipe": job.contents.recipe.to_dict(),
+        "algorithm": algorithm.name,
+        "layout": _sha256(v.encode() for v in native.metadata(job.contents).values()),
+    }
+
+
+def _write_tensors(
+    job: Job, algorithm: Algorithm, folder: Path, journal: Journal, workers: int, on_step: OnStep
+) -> None:
+    files = native.shards(native.stored_tensors(job.contents))
+    metadata = native.metadata(job.contents)
+    present = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+    plans = {file: layout(group, metadata) for file, group in files.items()}
+    check_space(folder.parent, sum(p.size for p in plans.values()) + native.SLACK_BYTES - present)
+    for stale in folder.glob("*.safetensors"):
+        if stale.name not in files:
+            stale.unlink()
+    with ExitStack() as opened:
+        homes: dict[str, Shard] = {}
+        for file, plan in plans.items():
+            shard = Shard(folder / file, plan)
+            opened.callback(shard.close)
+            homes |= dict.fromkeys(files[file], shard)
+
+        def unit(name: str) -> Callable[[], int]:
+            return lambda: _write_one(job, algorithm, name, homes, journal)
+
+        units = {name: unit(name) for name in (*job.contents.qweights, *job.contents.tensors)}
+        _in_threads(units, job, workers, on_step)
+    native.write_index(folder, files)
+
+
+def _in_threads(
+    units: Mapping[str, Callable[[], int]], job: Job, workers: int, on_step: OnStep
+) -> None:
+    """Run all, a few at a time; the first error ends it after those that have begun. `on_step`
+    counts megabytes read.
+    """
+    total, done = job.bytes_to_read, 0
+    waiting = iter(units.items())
+    running: dict[Future[int], str] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            for name, unit in waiting:
+                running[pool.submit(unit)] = name
+                on_step(name, done // 1_000_000, total // 1_000_000)
+                if len(running) >= workers:
+                    break
+            if not running:
+                break
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                del running[future]
+                done += future.result()
+    on_step("", total // 1_000_000, total // 1_000_000)
+
+
+def _write_one(
+    job: Job, algorithm: Algorithm, name: str, homes: Mapping[str, Shard], journal: Journal
+) -> int:
+    """Read, quantize and write a weight, unless an earlier run has. Returns the bytes it has in the
+    source.
+    """
+    weight = job.contents.qweights.get(name)
+    suffixes = [""] if weight is None else list(weight.parts)
+    source = job.sources.get(name)
+    nbytes = 0 if source is None else source.nbytes
+    if name in journal.done:
+        found = _sha256(homes[name + suffix].get(name + suffix) for suffix in suffixes)
+        if found == journal.done[name]:
+            return nbytes
+    # A tensor without a source is a buffer that the model computes for itself.
+    values = job.contents.tensors[name] if source is None else source.read()
+    with _naming(name):
+        parts = _parts(job, algorithm, name, values)
+    for suffix in suffixes:
+        homes[name + suffix].put(name + suffix, parts[suffix])
+    journal.add(name, _sha256(as_bytes(parts[suffix]) for suffix in suffixes))
+    drop_pages(values)
+    return nbytes
+
+
+def _parts(job: Job, algorithm: Algorithm, name: str, values: Tensor) -> Mapping[str, Tensor]:
+    """The tensors to write for a weight or tensor as it is read, by suffix."""
+    weight = job.contents.qweights.get(name)
+    if weight is None:
+        return {"": values.to(job.contents.tensors[name].dtype)}
+    rows = (values.t() if name in job.transposed else values).to(weight.dtype)
+    check_finite(rows)
+    return algorithm.choose(rows, None, weight.scheme).weight.parts
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ZeropointError as e:
+        raise type(e)(f"{name}: {e}") from e
+
+
+def _sha256(pieces: Any) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Everything that holds no weights: tokenizer, generation config, chat template, code."""
+    written_here = {native.CONFIG, native.MANIFEST}
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or not path.is_file() or str(inside) in written_here:
+            continue
+        if not path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx")):
+            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / inside)
