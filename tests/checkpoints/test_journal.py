@@ -9,7 +9,7 @@ IDENTITY = {"recipe": {"rules": [1]}, "algorithm": "rtn"}
 def written(path, *pieces, identity=IDENTITY):
     journal = Journal(path, identity)
     for piece in pieces:
-        journal.add(piece, f"hash of {piece}")
+        journal.add(piece, ord(piece))
     journal.close()
 
 
@@ -22,7 +22,7 @@ def done(path, identity=IDENTITY, **options):
 def test_the_next_run_knows_what_is_done(tmp_path):
     assert done(tmp_path / "j") == {}
     written(tmp_path / "j", "a", "é")
-    assert done(tmp_path / "j") == {"a": "hash of a", "é": "hash of é"}
+    assert done(tmp_path / "j") == {"a": 97, "é": 233}
     written(tmp_path / "j", "b")
     assert list(done(tmp_path / "j")) == ["a", "é", "b"]
 
@@ -42,7 +42,7 @@ def test_another_run_is_refused_in_words_unless_it_starts_over(tmp_path):
     other = IDENTITY | {"algorithm": "mse"}
     with pytest.raises(CheckpointError, match='another algorithm: "rtn", not "mse"; .*--fresh'):
         Journal(tmp_path / "j", other)
-    assert done(tmp_path / "j") == {"a": "hash of a"}, "nothing is lost by the attempt"
+    assert done(tmp_path / "j") == {"a": 97}, "nothing is lost by the attempt"
     assert done(tmp_path / "j", other, fresh=True) == {}
 
 
@@ -58,5 +58,5 @@ def test_two_at_once_are_refused(tmp_path):
 def test_what_is_no_line_of_a_journal_is_the_end_of_it(tmp_path, line):
     written(tmp_path / "j", "a")
     with (tmp_path / "j").open("ab") as file:
-        file.write(line + b'\n{"piece": "b", "sha256": "c"}\n')
+        file.write(line + b'\n{"piece": "b", "checksum": 99}\n')
     assert list(done(tmp_path / "j")) == ["a"]

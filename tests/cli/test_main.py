@@ -182,6 +182,7 @@ def test_ctrl_c_while_streaming_keeps_what_is_done_aside(
     checkpoint.rename(where / "int4")
     before = {p.name: p.read_bytes() for p in (where / "int4").iterdir()}
     arguments = ["quantize", str(llama), "-o", str(where / "int4"), "--overwrite"]
+    arguments += ["--weights", "nf4"]
     command = [sys.executable, "-c", INTERRUPT_BEFORE_THE_RENAME, str(where)]
     ran = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert ran.returncode == 128 + signal.SIGINT, ran.stderr

@@ -1,8 +1,8 @@
 """What a long run has finished, so that the next one goes on where it ended.
 
-A text file, one JSON object a line: first what the run is, then every finished piece with the hash
-of what was written. Nothing has to be on the disk before its line is: a piece counts when what is
-found in its place still has the hash.
+A text file, one JSON object a line: first what the run is, then every finished piece with a
+checksum of what was written. Nothing has to be on the disk before its line is: a piece counts when
+what is found in its place still has the checksum.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zeropoint.errors import CheckpointError
 class Journal:
     """An open journal. `add` may be called from several threads.
 
-    done: hash of each piece that earlier runs finished.
+    done: checksum of each piece that is finished, by this run or earlier ones.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
@@ -31,7 +31,7 @@ class Journal:
         whatever is there. Raises CheckpointError: another process has it open, or it belongs to
         another run, in words that say where they differ.
         """
-        self.done: dict[str, str] = {}
+        self.done: dict[str, int] = {}
         self._lock = threading.Lock()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -39,19 +39,20 @@ class Journal:
             earlier = None if fresh else _lines(path)
             if earlier:
                 _compare(path.parent, earlier[0], identity)
-                self.done = {line["piece"]: line["sha256"] for line in earlier[1:]}
+                self.done = {line["piece"]: line["checksum"] for line in earlier[1:]}
             os.ftruncate(self._file, 0)
             self._append(identity)
-            for piece, sha256 in self.done.items():
-                self._append({"piece": piece, "sha256": sha256})
+            for piece, checksum in self.done.items():
+                self._append({"piece": piece, "checksum": checksum})
         except BaseException:
             os.close(self._file)
             raise
 
-    def add(self, piece: str, sha256: str) -> None:
+    def add(self, piece: str, checksum: int) -> None:
         """Note that a piece is finished. Raises OSError."""
         with self._lock:
-            self._append({"piece": piece, "sha256": sha256})
+            self._append({"piece": piece, "checksum": checksum})
+            self.done[piece] = checksum
 
     def close(self) -> None:
         """Let go of the file."""
@@ -79,7 +80,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             break  # the kill came while it was written
-        if not isinstance(line, dict) or (lines and not {"piece", "sha256"} <= line.keys()):
+        if not isinstance(line, dict) or (lines and not {"piece", "checksum"} <= line.keys()):
             break
         lines.append(line)
     return lines

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +42,9 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 QUANT_METHOD = "zeropoint"
 HEADER = "zeropoint"  # the manifest's key in the metadata of safetensors files
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000  # files are hashed side by side, so not one for all
 SLACK_BYTES = 32_000_000  # headers, configuration, tokenizer: what is beside the tensors
+_HASHERS = 4  # threads
 _SUFFIXES = ("", "_scale", "_zero_point")
 
 
@@ -164,10 +166,12 @@ def write_manifest(folder: Path, contents: Contents) -> None:
 
 
 def _files(folder: Path) -> dict[str, Any]:
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        hashes = list(pool.map(_sha256, paths))
     return {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(paths, hashes, strict=True)
     }
 
 
@@ -248,7 +252,9 @@ def read(path: Path) -> Contents:
     Tensors are memory-mapped: reading costs no memory beyond them. Raises CheckpointError.
     """
     manifest = _read_manifest(path)
-    problems = (_file_problem(path, file, row) for file, row in manifest["files"].items())
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        files = manifest["files"]
+        problems = list(pool.map(lambda file: _file_problem(path, file, files[file]), files))
     stored = _checked(path, problems, manifest)
     try:
         qweights = {name: _qtensor(name, row, stored) for name, row in manifest["weights"].items()}
@@ -270,7 +276,7 @@ def read(path: Path) -> Contents:
 
 
 def _checked(
-    path: Path, problems: Iterator[str | None], manifest: Mapping[str, Any]
+    path: Path, problems: Sequence[str | None], manifest: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The stored tensors, once files and tensors have the hashes they had when written."""
     advice = f"`zeropoint verify {path}` lists all damage"
@@ -509,9 +515,20 @@ def verify(path: str | Path, *, on_step: OnStep = no_progress) -> list[str]:
     if files:
         unlisted = sorted(present - {*files, MANIFEST})
         problems += [f"{file} is not in the manifest" for file in unlisted]
-    problems += _tensor_problems(
-        path, manifest, sorted(f for f in present if f.endswith(".safetensors"))
-    )
+    return problems + _content_problems(path, manifest)
+
+
+def verify_contents(path: Path) -> list[str]:
+    """What `verify` finds besides the hashes of files, when those have just been computed.
+
+    Raises CheckpointError when there is no manifest that can be read.
+    """
+    return _content_problems(path, _read_manifest(path))
+
+
+def _content_problems(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    present = (str(p.relative_to(path)) for p in path.rglob("*.safetensors") if p.is_file())
+    problems = _tensor_problems(path, manifest, sorted(present))
     try:
         _recipe(path, _read_json(path / CONFIG))
     except CheckpointError as e:

@@ -8,11 +8,11 @@ Everything is written into a folder beside the output, which takes its place at 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -312,15 +312,9 @@ def _run(
         _write_tensors(job, algorithm, written, journal, workers, on_step)
         _copy_files(job.folder, written)
         native.write_config(written, job.contents)
+        on_step("hashing and verifying", 1, 1)
         native.write_manifest(written, job.contents)
-        problems = native.verify(
-            written, on_step=lambda what, done, total: on_step(f"verifying {what}", done, total)
-        )
-        if problems:
-            raise CheckpointError(
-                f"{written} was written, but reads back differently: {problems[0]}; is the disk "
-                "sound? The same call goes on"
-            )
+        _verify(job, written, journal)
         install_directory(written, out)
     except OSError as e:
         raise CheckpointError(
@@ -330,6 +324,20 @@ def _run(
     finally:
         journal.close()
     shutil.rmtree(working, ignore_errors=True)
+
+
+def _verify(job: Job, folder: Path, journal: Journal) -> None:
+    """Read everything again. Raises CheckpointError when it is not what was to be written."""
+    problems = native.verify_contents(folder)
+    with _shards(job, folder) as homes:
+        for name, checksum in journal.done.items():
+            if _checksum(homes[part].get(part) for part in _part_names(job, name)) != checksum:
+                problems.append(f"{name} has another checksum than in memory")
+    if problems:
+        raise CheckpointError(
+            f"{folder} was written, but reads back differently: {problems[0]}; is the disk "
+            "sound? The same call goes on"
+        )
 
 
 def _keep_only_tensors(folder: Path) -> None:
@@ -349,27 +357,22 @@ def _identity(job: Job, algorithm: Algorithm) -> dict[str, Any]:
         "source": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
         "recipe": job.contents.recipe.to_dict(),
         "algorithm": algorithm.name,
-        "layout": _sha256(v.encode() for v in native.metadata(job.contents).values()),
+        "layout": _checksum(v.encode() for v in native.metadata(job.contents).values()),
     }
 
 
 def _write_tensors(
     job: Job, algorithm: Algorithm, folder: Path, journal: Journal, workers: int, on_step: OnStep
 ) -> None:
-    files = native.shards(native.stored_tensors(job.contents))
-    metadata = native.metadata(job.contents)
     present = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
-    plans = {file: layout(group, metadata) for file, group in files.items()}
-    check_space(folder.parent, sum(p.size for p in plans.values()) + native.SLACK_BYTES - present)
+    tensors = native.stored_tensors(job.contents)
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + native.SLACK_BYTES
+    check_space(folder.parent, needed - present)
+    files = native.shards(tensors)
     for stale in folder.glob("*.safetensors"):
         if stale.name not in files:
             stale.unlink()
-    with ExitStack() as opened:
-        homes: dict[str, Shard] = {}
-        for file, plan in plans.items():
-            shard = Shard(folder / file, plan)
-            opened.callback(shard.close)
-            homes |= dict.fromkeys(files[file], shard)
+    with _shards(job, folder) as homes:
 
         def unit(name: str) -> Callable[[], int]:
             return lambda: _write_one(job, algorithm, name, homes, journal)
@@ -377,6 +380,19 @@ def _write_tensors(
         units = {name: unit(name) for name in (*job.contents.qweights, *job.contents.tensors)}
         _in_threads(units, job, workers, on_step)
     native.write_index(folder, files)
+
+
+@contextmanager
+def _shards(job: Job, folder: Path) -> Iterator[Mapping[str, Shard]]:
+    """The output's files, open, by the names of the tensors in them."""
+    metadata = native.metadata(job.contents)
+    with ExitStack() as opened:
+        homes: dict[str, Shard] = {}
+        for file, group in native.shards(native.stored_tensors(job.contents)).items():
+            shard = Shard(folder / file, layout(group, metadata))
+            opened.callback(shard.close)
+            homes |= dict.fromkeys(group, shard)
+        yield homes
 
 
 def _in_threads(
@@ -410,21 +426,19 @@ def _write_one(
     """Read, quantize and write a weight, unless an earlier run has. Returns the bytes it has in the
     source.
     """
-    weight = job.contents.qweights.get(name)
-    suffixes = [""] if weight is None else list(weight.parts)
     source = job.sources.get(name)
     nbytes = 0 if source is None else source.nbytes
     if name in journal.done:
-        found = _sha256(homes[name + suffix].get(name + suffix) for suffix in suffixes)
+        found = _checksum(homes[part].get(part) for part in _part_names(job, name))
         if found == journal.done[name]:
             return nbytes
     # A tensor without a source is a buffer that the model computes for itself.
     values = job.contents.tensors[name] if source is None else source.read()
     with _naming(name):
         parts = _parts(job, algorithm, name, values)
-    for suffix in suffixes:
-        homes[name + suffix].put(name + suffix, parts[suffix])
-    journal.add(name, _sha256(as_bytes(parts[suffix]) for suffix in suffixes))
+    for suffix, part in parts.items():
+        homes[name + suffix].put(name + suffix, part)
+    journal.add(name, _checksum(as_bytes(part) for part in parts.values()))
     drop_pages(values)
     return nbytes
 
@@ -447,11 +461,18 @@ def _naming(name: str) -> Iterator[None]:
         raise type(e)(f"{name}: {e}") from e
 
 
-def _sha256(pieces: Any) -> str:
-    digest = hashlib.sha256()
+def _part_names(job: Job, name: str) -> list[str]:
+    """Under which names the parts of a weight, or a tensor, are stored."""
+    weight = job.contents.qweights.get(name)
+    return [name] if weight is None else [name + suffix for suffix in weight.parts]
+
+
+def _checksum(pieces: Iterable[bytes | memoryview]) -> int:
+    """CRC-32: what it has to find is a page that never reached the disk, and it is fast."""
+    checksum = 0
     for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
+        checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def _copy_files(source: Path, folder: Path) -> None:
