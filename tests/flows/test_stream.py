@@ -310,7 +310,7 @@ def test_a_result_that_reads_back_differently_is_not_installed(folder, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(stream.Shard, "put", put)
-        with pytest.raises(CheckpointError, match=f"{DOWN} has another .* is the disk sound"):
+        with pytest.raises(CheckpointError, match=f"{DOWN} has been written, .* is the disk sound"):
             zp.compress(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     zp.compress(folder, tmp_path / "out")

@@ -42,7 +42,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 QUANT_METHOD = "zeropoint"
 HEADER = "zeropoint"  # the manifest's key in the metadata of safetensors files
-MAX_SHARD_BYTES = 2_000_000_000  # files are hashed side by side, so not one for all
+MAX_SHARD_BYTES = 1_000_000_000  # a file is hashed while the next one is written
 SLACK_BYTES = 32_000_000  # headers, configuration, tokenizer: what is beside the tensors
 _HASHERS = 4  # threads
 _SUFFIXES = ("", "_scale", "_zero_point")
@@ -160,18 +160,25 @@ def write_config(folder: Path, contents: Contents) -> None:
     _write_json(folder / CONFIG, dict(contents.config) | quantization)
 
 
-def write_manifest(folder: Path, contents: Contents) -> None:
-    """The manifest, with the hashes of all files that are in the folder: the last to be written."""
-    _write_json(folder / MANIFEST, _signed(_manifest(contents) | {"files": _files(folder)}))
+def write_manifest(
+    folder: Path, contents: Contents, hashes: Mapping[str, str] | None = None
+) -> None:
+    """The manifest, with the SHA-256 of all files that are in the folder: the last to be written.
+
+    hashes: of files for which it is known already.
+    """
+    files = _files(folder, hashes or {})
+    _write_json(folder / MANIFEST, _signed(_manifest(contents) | {"files": files}))
 
 
-def _files(folder: Path) -> dict[str, Any]:
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+def _files(folder: Path, known: Mapping[str, str]) -> dict[str, Any]:
+    paths = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    unknown = [file for file in paths if file not in known]
     with ThreadPoolExecutor(_HASHERS) as pool:
-        hashes = list(pool.map(_sha256, paths))
+        hashes = zip(unknown, pool.map(lambda file: _sha256(paths[file]), unknown), strict=True)
+        found = {**known, **dict(hashes)}
     return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256}
-        for path, sha256 in zip(paths, hashes, strict=True)
+        file: {"bytes": path.stat().st_size, "sha256": found[file]} for file, path in paths.items()
     }
 
 

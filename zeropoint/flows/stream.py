@@ -8,11 +8,12 @@ Everything is written into a folder beside the output, which takes its place at 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -309,12 +310,13 @@ def _run(
         raise CheckpointError(f"{out} cannot be written: {e}") from e
     try:
         _keep_only_tensors(written)
-        _write_tensors(job, algorithm, written, journal, workers, on_step)
+        hashes = _write_tensors(job, algorithm, written, journal, workers, on_step)
         _copy_files(job.folder, written)
         native.write_config(written, job.contents)
-        on_step("hashing and verifying", 1, 1)
-        native.write_manifest(written, job.contents)
-        _verify(job, written, journal)
+        native.write_manifest(written, job.contents, hashes)
+        problems = native.verify_contents(written)
+        if problems:
+            raise CheckpointError(f"{written} was written, but {problems[0]}")
         install_directory(written, out)
     except OSError as e:
         raise CheckpointError(
@@ -324,20 +326,6 @@ def _run(
     finally:
         journal.close()
     shutil.rmtree(working, ignore_errors=True)
-
-
-def _verify(job: Job, folder: Path, journal: Journal) -> None:
-    """Read everything again. Raises CheckpointError when it is not what was to be written."""
-    problems = native.verify_contents(folder)
-    with _shards(job, folder) as homes:
-        for name, checksum in journal.done.items():
-            if _checksum(homes[part].get(part) for part in _part_names(job, name)) != checksum:
-                problems.append(f"{name} has another checksum than in memory")
-    if problems:
-        raise CheckpointError(
-            f"{folder} was written, but reads back differently: {problems[0]}; is the disk "
-            "sound? The same call goes on"
-        )
 
 
 def _keep_only_tensors(folder: Path) -> None:
@@ -357,13 +345,14 @@ def _identity(job: Job, algorithm: Algorithm) -> dict[str, Any]:
         "source": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
         "recipe": job.contents.recipe.to_dict(),
         "algorithm": algorithm.name,
-        "layout": _checksum(v.encode() for v in native.metadata(job.contents).values()),
+        "layout": zlib.crc32(str(native.metadata(job.contents)).encode()),
     }
 
 
 def _write_tensors(
     job: Job, algorithm: Algorithm, folder: Path, journal: Journal, workers: int, on_step: OnStep
-) -> None:
+) -> dict[str, str]:
+    """Returns the SHA-256 of each file."""
     present = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
     tensors = native.stored_tensors(job.contents)
     needed = sum(tensor.nbytes for tensor in tensors.values()) + native.SLACK_BYTES
@@ -372,31 +361,56 @@ def _write_tensors(
     for stale in folder.glob("*.safetensors"):
         if stale.name not in files:
             stale.unlink()
-    with _shards(job, folder) as homes:
+    metadata = native.metadata(job.contents)
+    with ExitStack() as opened:
+        shards = {file: Shard(folder / file, layout(files[file], metadata)) for file in files}
+        for shard in shards.values():
+            opened.callback(shard.close)
+        homes = {part: shards[file] for file, group in files.items() for part in group}
+        missing = {file: set(group) for file, group in files.items()}
+        hashes: dict[str, Future[str]] = {}
+        hasher = opened.enter_context(ThreadPoolExecutor(workers))
 
         def unit(name: str) -> Callable[[], int]:
             return lambda: _write_one(job, algorithm, name, homes, journal)
 
+        def finished(name: str) -> None:
+            parts = set(_part_names(job, name))
+            for file, shard in shards.items():
+                missing[file] -= parts
+                if not missing[file] and file not in hashes:
+                    hashes[file] = hasher.submit(_read_again, folder / file, shard, journal)
+
         units = {name: unit(name) for name in (*job.contents.qweights, *job.contents.tensors)}
-        _in_threads(units, job, workers, on_step)
+        _in_threads(units, finished, job, workers, on_step)
+        on_step("hashing and verifying", 1, 1)
+        result = {file: future.result() for file, future in hashes.items()}
     native.write_index(folder, files)
+    return result
 
 
-@contextmanager
-def _shards(job: Job, folder: Path) -> Iterator[Mapping[str, Shard]]:
-    """The output's files, open, by the names of the tensors in them."""
-    metadata = native.metadata(job.contents)
-    with ExitStack() as opened:
-        homes: dict[str, Shard] = {}
-        for file, group in native.shards(native.stored_tensors(job.contents)).items():
-            shard = Shard(folder / file, layout(group, metadata))
-            opened.callback(shard.close)
-            homes |= dict.fromkeys(group, shard)
-        yield homes
+def _read_again(path: Path, shard: Shard, journal: Journal) -> str:
+    """The SHA-256 of a file that is complete. Raises CheckpointError when a tensor in it is not
+    what it was in memory.
+    """
+    digest = hashlib.sha256(shard.layout.header)
+    for part in sorted(shard.layout.spans, key=shard.layout.spans.__getitem__):
+        data = shard.get(part)
+        digest.update(data)
+        if zlib.crc32(data) != journal.done[part]:
+            raise CheckpointError(
+                f"{path}: {part} has been written, but reads back differently; is the disk sound? "
+                "The same call goes on"
+            )
+    return digest.hexdigest()
 
 
 def _in_threads(
-    units: Mapping[str, Callable[[], int]], job: Job, workers: int, on_step: OnStep
+    units: Mapping[str, Callable[[], int]],
+    finished: Callable[[str], None],
+    job: Job,
+    workers: int,
+    on_step: OnStep,
 ) -> None:
     """Run all, a few at a time; the first error ends it after those that have begun. `on_step`
     counts megabytes read.
@@ -413,10 +427,10 @@ def _in_threads(
                     break
             if not running:
                 break
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                del running[future]
+            complete, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in complete:
                 done += future.result()
+                finished(running.pop(future))
     on_step("", total // 1_000_000, total // 1_000_000)
 
 
@@ -428,17 +442,19 @@ def _write_one(
     """
     source = job.sources.get(name)
     nbytes = 0 if source is None else source.nbytes
-    if name in journal.done:
-        found = _checksum(homes[part].get(part) for part in _part_names(job, name))
-        if found == journal.done[name]:
-            return nbytes
+    if all(
+        part in journal.done and zlib.crc32(homes[part].get(part)) == journal.done[part]
+        for part in _part_names(job, name)
+    ):
+        return nbytes
     # A tensor without a source is a buffer that the model computes for itself.
     values = job.contents.tensors[name] if source is None else source.read()
     with _naming(name):
         parts = _parts(job, algorithm, name, values)
     for suffix, part in parts.items():
         homes[name + suffix].put(name + suffix, part)
-    journal.add(name, _checksum(as_bytes(part) for part in parts.values()))
+        # CRC-32: what it has to find is a page that never reached the disk, and it is fast.
+        journal.add(name + suffix, zlib.crc32(as_bytes(part)))
     drop_pages(values)
     return nbytes
 
@@ -465,14 +481,6 @@ def _part_names(job: Job, name: str) -> list[str]:
     """Under which names the parts of a weight, or a tensor, are stored."""
     weight = job.contents.qweights.get(name)
     return [name] if weight is None else [name + suffix for suffix in weight.parts]
-
-
-def _checksum(pieces: Iterable[bytes | memoryview]) -> int:
-    """CRC-32: what it has to find is a page that never reached the disk, and it is fast."""
-    checksum = 0
-    for piece in pieces:
-        checksum = zlib.crc32(piece, checksum)
-    return checksum
 
 
 def _copy_files(source: Path, folder: Path) -> None:
