@@ -21,6 +21,7 @@ __all__ = [
     "Comparison",
     "Footprint",
     "Memory",
+    "Plan",
     "QTensor",
     "Recipe",
     "Report",
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "memory",
     "numerics",
+    "plan",
     "quantize",
     "release",
     "save",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from zeropoint.evaluate.memory import Memory, memory, release
     from zeropoint.flows.activations import CalibrationTable, calibrate, calibration_table
     from zeropoint.flows.data import Calibration
+    from zeropoint.flows.plan import Plan, plan
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.report import Report
     from zeropoint.flows.stream import compress
@@ -71,6 +74,7 @@ _HOMES = {
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
     "Memory": "zeropoint.evaluate.memory",
+    "Plan": "zeropoint.flows.plan",
     "QTensor": "zeropoint.qtensor",
     "Recipe": "zeropoint.scheme",
     "Report": "zeropoint.flows.report",
@@ -87,6 +91,7 @@ _HOMES = {
     "freeze": "zeropoint.flows.ptq",
     "load": "zeropoint.integrations.load",
     "memory": "zeropoint.evaluate.memory",
+    "plan": "zeropoint.flows.plan",
     "quantize": "zeropoint.flows.ptq",
     "release": "zeropoint.evaluate.memory",
     "save": "zeropoint.model.save",

@@ -33,7 +33,7 @@ def test_a_child_does_not_inherit_the_peak_of_its_parent():
 
 
 def test_without_proc_the_figure_comes_from_getrusage(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "missing")
+    monkeypatch.setattr(pages, "_STATUS", tmp_path / "missing")
     assert peak_rss_bytes() > 50_000_000
 
 
@@ -70,9 +70,9 @@ def test_memory_is_readable_and_names_every_device(monkeypatch):
 
 
 def test_without_proc_the_resident_figure_comes_from_psutil(monkeypatch, tmp_path):
-    expected = memory.resident_bytes()
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "missing")
-    assert memory.resident_bytes() == pytest.approx(expected, rel=0.1)
+    expected = pages.resident_bytes()
+    monkeypatch.setattr(pages, "_STATUS", tmp_path / "missing")
+    assert pages.resident_bytes() == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])

@@ -70,6 +70,8 @@ def test_it_writes_what_saving_the_loaded_model_writes(tmp_path, name, options):
     assert files(tmp_path / "streamed") == files(tmp_path / "saved")
     assert zp.verify(tmp_path / "streamed") == []
     assert report.bytes_after == zp.footprint(model).total_bytes
+    loaded, _ = zp.load(tmp_path / "float")
+    assert report == zp.quantize(loaded, **{k: v for k, v in options.items() if k != "algorithm"})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["float", "saved", "streamed"]
 
 

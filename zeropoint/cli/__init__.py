@@ -12,12 +12,13 @@ from typing import Annotated, NoReturn
 import typer
 
 import zeropoint
-from zeropoint.cli import bench, compare, doctor, generate, inspect, quantize, verify
+from zeropoint.cli import bench, compare, doctor, generate, inspect, plan, quantize, verify
 from zeropoint.cli.edge import Verb
 from zeropoint.cli.options import Debug
 
 # To add a verb: one file in this folder, one line here. Its docstring is its help.
 VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan.plan,
     "quantize": quantize.quantize,
     "inspect": inspect.inspect,
     "compare": compare.compare,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zeropoint.cli.options import Debug, Json, Model
+from zeropoint.cli.reports import show_report
 from zeropoint.cli.screen import Screen, megabytes, silence_libraries, table
 from zeropoint.errors import RecipeError, ZeropointError
 
@@ -216,10 +217,9 @@ def quantize(
         "recipe": rules,
         "strict": strict,
     }
-    done = None
     if texts is None and rest is None:
         done = _streamed(screen, model, output, how, algorithm, overwrite=overwrite, fresh=fresh)
-    if done is None:
+    else:
         done = _in_memory(
             screen, model, output, how, algorithm, rest, observer, texts, options, overwrite
         )
@@ -238,7 +238,7 @@ def quantize(
         (*report.warnings, *done.frozen.warnings, *done.inputs["warnings"])
     ):
         screen.warn(warning)
-    _show(screen, report)
+    show_report(screen, report)
     _show_layers(screen, done.frozen)
     screen.line()
     screen.line(
@@ -280,15 +280,12 @@ def _streamed(
     *,
     overwrite: bool,
     fresh: bool,
-) -> _Done | None:
-    """Weight by weight, from files to files; None where the model can only be read as a whole."""
+) -> _Done:
+    """Weight by weight: from files to files, or where that cannot be, by way of memory."""
     import zeropoint as zp
     from zeropoint.errors import StreamError
     from zeropoint.flows.report import data_free
-    from zeropoint.model.source import resolve
 
-    if resolve(model).kind == "gguf":
-        return None
     try:
         with screen.progress("quantizing (MB)") as on_step:
             report = zp.compress(
@@ -303,9 +300,12 @@ def _streamed(
     except KeyboardInterrupt:
         screen.warn("what is done is kept; the same command goes on with it")
         raise
-    except StreamError as e:
-        screen.warn(f"the model is loaded as a whole: {e}")
-        return None
+    except StreamError:
+        with screen.spinner(f"loading {model}"):
+            report = zp.plan(model, **{k: v for k, v in how.items() if k != "strict"}).report
+            loaded, tokenizer = zp.load(model, **how, algorithm=algorithm)
+        with screen.spinner(f"writing {output}"):
+            zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
     return _Done(
         report=report,
         frozen=data_free(report, algorithm),
@@ -444,28 +444,6 @@ def _read_recipe(path: Path, given: list[str]) -> Recipe:
             f"--recipe {path} and {', '.join(given)} exclude each other; write it in the recipe"
         )
     return Recipe.load(path)
-
-
-def _show(screen: Screen, report: Report) -> None:
-    """One row for all modules that share a fate."""
-    rows: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
-    for module in report.modules:
-        fate = module.scheme or "kept"
-        row = rows.setdefault((fate, module.reason or ""), [])
-        row.append((module.name, module.bytes_before, module.bytes_after))
-    result = table("weights", ">modules", ">before", ">after", "which")
-    for (fate, reason), members in rows.items():
-        names = [name for name, _, _ in members]
-        which = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-        result.add_row(
-            fate,
-            f"{len(members):,}",
-            megabytes(sum(before for _, before, _ in members)),
-            megabytes(sum(after for _, _, after in members)),
-            f"{which}: {reason}" if reason else which,
-            style="yellow" if fate == "kept" else "",
-        )
-    screen.results.print(result)
 
 
 WORST = 8  # layers shown; all of them are in the JSON

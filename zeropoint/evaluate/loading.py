@@ -22,7 +22,8 @@ from torch import nn
 from zeropoint import errors
 from zeropoint.errors import UnknownNameError, ZeropointError, nearest
 from zeropoint.evaluate.footprint import footprint
-from zeropoint.evaluate.memory import peak_rss_bytes, resident_bytes
+from zeropoint.evaluate.memory import peak_rss_bytes
+from zeropoint.model.pages import resident_bytes
 from zeropoint.progress import OnStep, no_progress
 
 # To add a row: a line here, with the arguments of `zp.load`.

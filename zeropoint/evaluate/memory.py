@@ -6,16 +6,14 @@ import gc
 import resource
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zeropoint.model.pages import trim
+from zeropoint.model.pages import process_status, resident_bytes, trim
 from zeropoint.model.release import empty
 
-_STATUS = Path("/proc/self/status")
 _KIB = 1024
 
 
@@ -98,29 +96,14 @@ def release(model: nn.Module) -> int:
     return before - resident_bytes()
 
 
-def resident_bytes() -> int:
-    """Resident set of this program now, bytes."""
-    if _STATUS.is_file():
-        return _status("VmRSS")
-    import psutil  # accelerate depends on it
-
-    return int(psutil.Process().memory_info().rss)
-
-
 def peak_rss_bytes() -> int:
     """Largest resident set this program has had, bytes.
 
     Linux: VmHWM, which starts anew with the program. getrusage's figure, used elsewhere, does not:
     a child process inherits the peak of the parent that started it.
     """
-    if _STATUS.is_file():
-        return _status("VmHWM")
+    peak_now = process_status("VmHWM")
+    if peak_now is not None:
+        return peak_now
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * _KIB  # macOS counts bytes, others KiB
-
-
-def _status(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
-    lines = _STATUS.read_text().splitlines()
-    line = next(row for row in lines if row.startswith(f"{field}:"))
-    return int(line.split()[1]) * _KIB

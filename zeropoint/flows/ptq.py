@@ -474,7 +474,7 @@ def _report(
                     op="embedding" if site.role == "embedding" else "linear",
                     scheme=scheme,
                     shape=shape,
-                    device=device,
+                    device="cpu" if device == "meta" else device,  # planned without values
                 )
             ).kernel
         if owner is not site:

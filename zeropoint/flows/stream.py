@@ -169,16 +169,30 @@ def prepare(
     Raises SourceError, CheckpointError, and what `zp.quantize` raises but for errors about values.
     """
     stored = read_headers(folder)
-    skeleton: Any = float_skeleton(folder, task)
-    files = _Files(folder, stored, model_names(skeleton, stored, skeleton.state_dict().keys()))
-    _untie(skeleton, files)
-    dtype = _dtype(skeleton, stored)
-    for parameter in skeleton.parameters():
-        parameter.data = parameter.data.to(dtype)
-    plan = planned(skeleton, options, recipe=recipe, strict=strict)
-    transposed = _freeze_without_values(folder, skeleton, plan.schemes, dtype)
-    remember_recipe(skeleton, plan.report.recipe)
-    contents = contents_of(skeleton)
+    skeleton = float_skeleton(folder, task)
+    return outline(folder, skeleton, stored, options, recipe=recipe, strict=strict)
+
+
+def outline(
+    where: str | Path,
+    skeleton: Any,
+    stored: Mapping[str, Stored],
+    options: Mapping[str, Any],
+    *,
+    recipe: Recipe | None = None,
+    strict: bool = True,
+) -> Job:
+    """As `prepare`, of headers that have been read. where: the folder, or a hub id, of which no
+    tensor is read. skeleton: the float model on the meta device, which becomes the quantized one;
+    not when StreamError is raised.
+    """
+    names = model_names(skeleton, stored, skeleton.state_dict().keys())
+    files = _Files(where, stored, names)
+    if isinstance(where, Path):
+        _untie(skeleton, files)
+    contents, report, transposed = without_values(
+        where, skeleton, _dtype(skeleton, stored), options, recipe=recipe, strict=strict
+    )
     for alias, owner in contents.tied.items():  # the files may hold it under any of its names
         if alias in files.left:
             files.left.setdefault(owner, files.left.pop(alias))
@@ -193,14 +207,35 @@ def prepare(
         name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in files.left.items()
     }
     return Job(
-        folder=folder,
+        folder=Path(where),
         contents=replace(
             contents, tensors=dict(contents.tensors) | carried, carried=tuple(carried)
         ),
         sources=sources | files.left,
         transposed=transposed,
-        report=plan.report,
+        report=report,
     )
+
+
+def without_values(
+    where: str | Path,
+    skeleton: nn.Module,
+    dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+    *,
+    recipe: Recipe | None,
+    strict: bool,
+) -> tuple[native.Contents, Report, frozenset[str]]:
+    """Quantize and freeze a model that is on the meta device; in place. dtype: of its parameters,
+    None to leave them. Returns what a checkpoint of it would hold, the report, and the names of
+    weights that a float checkpoint holds as (K, N).
+    """
+    for parameter in skeleton.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
+    plan = planned(skeleton, options, recipe=recipe, strict=strict)
+    transposed = _freeze_without_values(Path(where), skeleton, plan.schemes)
+    remember_recipe(skeleton, plan.report.recipe)
+    return contents_of(skeleton), plan.report, transposed
 
 
 def _dtype(skeleton: Any, stored: Mapping[str, Stored]) -> torch.dtype:
@@ -220,7 +255,7 @@ def _dtype(skeleton: Any, stored: Mapping[str, Stored]) -> torch.dtype:
 
 
 def _freeze_without_values(
-    folder: Path, skeleton: nn.Module, schemes: Mapping[Any, Any], dtype: torch.dtype
+    folder: Path, skeleton: nn.Module, schemes: Mapping[Any, Any]
 ) -> frozenset[str]:
     """Frozen modules in the places of float ones, on the meta device. In place. Returns the names
     of weights whose files hold them as (K, N).
@@ -238,7 +273,7 @@ def _freeze_without_values(
             tied[name] = owner
             continue
         shape = kind.weight_shape(site.module)
-        weights[name] = empty(shape, scheme, dtype)
+        weights[name] = empty(shape, scheme, site.module.weight.dtype)
         marker = torch.empty((1, 2), device="meta")
         if kind.from_layout(marker).shape != marker.shape:
             transposed.add(name)
@@ -252,7 +287,7 @@ class _Files:
     """The tensors of the files by the names they have in the model."""
 
     def __init__(
-        self, folder: Path, stored: Mapping[str, Stored], names: Mapping[str, str]
+        self, folder: str | Path, stored: Mapping[str, Stored], names: Mapping[str, str]
     ) -> None:
         self._folder = folder
         self.left = {names[name]: tensor for name, tensor in stored.items()}

@@ -123,7 +123,7 @@ def _load_gguf(
     check_file(file)
     config = load_config(file)
     kind = _model_class(config, task)
-    skeleton = without_values(kind, config)
+    skeleton = empty_model(kind, config)
     state = lazy_state_dict(file, skeleton, config)
     if state is None:
         loaded = kind.from_pretrained(
@@ -154,15 +154,22 @@ def _location(found: Source) -> tuple[str, dict[str, Any]]:
     return found.location, {}
 
 
-def float_skeleton(folder: Path, task: str | None = None) -> nn.Module:
-    """The model of a float checkpoint, its parameters on the meta device. Raises SourceError."""
+def float_skeleton(where: str | Path, task: str | None = None) -> nn.Module:
+    """The model of a float checkpoint, its parameters on the meta device.
+
+    where: a folder, a .gguf file or a hub id. Raises SourceError.
+    """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
-        return without_values(_model_class(config, task), config)
+        if isinstance(where, Path) and where.is_file():
+            check_file(where)
+            config = load_config(where)
+        else:
+            config = AutoConfig.from_pretrained(where)
+        return empty_model(_model_class(config, task), config)
     except (OSError, ValueError) as e:
-        raise SourceError(f"{str(folder)!r} cannot be loaded: {e}") from e
+        raise SourceError(f"{str(where)!r} cannot be loaded: {e}") from e
 
 
 def model_names(model: Any, stored: Iterable[str], ours: Collection[str]) -> dict[str, str]:
@@ -198,7 +205,7 @@ def model_names(model: Any, stored: Iterable[str], ours: Collection[str]) -> dic
     return names
 
 
-def without_values(kind: Any, config: Any) -> nn.Module:
+def empty_model(kind: Any, config: Any) -> nn.Module:
     """A model of a class of transformers, its parameters on the meta device."""
     from accelerate import init_empty_weights
 
@@ -239,7 +246,7 @@ def _plain(loaded: Any) -> nn.Module:
     config = loaded.config
     with suppress(AttributeError):
         del config.quantization_config
-    plain: Any = without_values(type(loaded), config)
+    plain: Any = empty_model(type(loaded), config)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = loaded.generation_config
@@ -352,7 +359,7 @@ def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
         )
     data = {k: v for k, v in config.items() if k != "quantization_config"}
     parsed = AutoConfig.for_model(**data)
-    skeleton: Any = without_values(_model_class(parsed, task), parsed)
+    skeleton: Any = empty_model(_model_class(parsed, task), parsed)
     if (path / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

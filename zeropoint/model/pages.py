@@ -12,7 +12,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-_MAPS = Path("/proc/self/maps")
+_MAPS, _STATUS = Path("/proc/self/maps"), Path("/proc/self/status")
+
+
+def resident_bytes() -> int:
+    """Resident set of this program now, bytes."""
+    resident = process_status("VmRSS")
+    if resident is not None:
+        return resident
+    import psutil  # accelerate depends on it
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def process_status(field: str) -> int | None:
+    """A line of /proc/self/status in bytes; None where there is no such file."""
+    if not _STATUS.is_file():
+        return None
+    lines = _STATUS.read_text().splitlines()
+    line = next(row for row in lines if row.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
 
 
 def trim() -> None:

@@ -1,0 +1,113 @@
+"""`zeropoint plan`: what quantizing would give and take, before any weight is read."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zeropoint.cli.options import Debug, Json, Model
+from zeropoint.cli.reports import show_report
+from zeropoint.cli.screen import Screen, megabytes, silence_libraries
+
+
+def plan(
+    model: Model,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="int8, int4, nf4, bfloat16 ...", show_default="int8"),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Weights that share a scale; -1: one scale per output channel.",
+            show_default="the format's own",
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Only modules with such names, as '*.mlp.*'. Repeatable.",
+            show_default="all",
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Leave these modules alone. Repeatable.", show_default="none"
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A recipe (YAML or JSON) instead of these.", show_default=False
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="8GB, 600MiB ...: plan the widest integer format that fits.",
+            show_default=False,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens whose keys and values have to fit the budget, too.",
+            show_default="none",
+        ),
+    ] = None,
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the recipe (YAML), to be edited and given to quantize.",
+            show_default=False,
+        ),
+    ] = None,
+    json_to: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Say what quantizing a model would give and take. Reads its configuration and headers only."""
+    start = time.perf_counter()
+    screen = Screen(json_to)
+    with screen.spinner("starting"):
+        import zeropoint as zp
+
+        silence_libraries()
+    with screen.spinner(f"reading the headers of {model}"):
+        found = zp.plan(
+            model,
+            weights,
+            group_size=group_size,
+            include=include or None,
+            exclude=exclude or None,
+            recipe=None if recipe is None else zp.Recipe.load(recipe),
+            budget=budget,
+            context=context,
+        )
+    if save_recipe is not None:
+        found.report.recipe.save(save_recipe)
+    screen.json({"model": model} | found.to_dict() | {"seconds": time.perf_counter() - start})
+    for warning in found.warnings:
+        screen.warn(warning)
+    show_report(screen, found.report)
+    screen.line()
+    screen.line(
+        (f"{megabytes(found.bytes_before)} -> {megabytes(found.bytes_after)}", "bold"),
+        f", {found.bits_per_weight:.2f} bits per weight",
+        f" by {found.weights}" if found.weights and budget else "",
+    )
+    screen.line(
+        f"to quantize it: about {megabytes(found.peak_rss_bytes)} of memory, "
+        f"{megabytes(found.disk_bytes)} of disk"
+        + ("" if found.whole is None else "; it has to be loaded as a whole")
+    )
+    if found.kv_cache_bytes is not None:
+        screen.line(f"keys and values of {context:,} tokens: {megabytes(found.kv_cache_bytes)}")

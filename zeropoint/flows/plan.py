@@ -1,0 +1,305 @@
+"""What quantizing a model would give and take, before any weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zeropoint.checkpoints import native
+from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored, read_headers
+from zeropoint.checkpoints.shard import DTYPES, layout
+from zeropoint.errors import RecipeError, SourceError, StreamError
+from zeropoint.flows.ptq import Patterns, dtype_name
+from zeropoint.flows.report import Report
+from zeropoint.flows.stream import WORKERS, outline, without_values
+from zeropoint.model.load import float_skeleton
+from zeropoint.model.pages import resident_bytes
+from zeropoint.model.source import Source, resolve
+from zeropoint.numerics import FORMATS
+from zeropoint.scheme import Recipe
+
+UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20} | {
+    "gib": 2**30,
+    "tib": 2**40,
+    "b": 1,
+}
+FOR_BUDGETS = ("int8", "int6", "int5", "int4", "int3", "int2")  # widest first
+SMALL_MODEL = 1_000_000_000  # parameters; below it, few bits lose much
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `zp.compress`, or `zeropoint quantize`, would do.
+
+    report: as `zp.quantize` returns it. weights: the format that was asked for, or chosen by the
+    budget; None for a recipe. peak_rss_bytes: the most that this process would then occupy, what it
+    occupies now included. disk_bytes: of the folder that is written. kv_cache_bytes: of `context`
+    tokens of one sequence, in the dtype of the activations; None without a context. whole: why the
+    model would have to be loaded as a whole; None when it is read weight by weight. warnings: what
+    to know before.
+    """
+
+    report: Report
+    weights: str | None
+    peak_rss_bytes: int
+    disk_bytes: int
+    kv_cache_bytes: int | None
+    whole: str | None
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all tensors of the float model."""
+        return self.report.bytes_before
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all tensors of the quantized one."""
+        return self.report.bytes_after
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each parameter."""
+        return self.report.bits_per_weight
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `zeropoint plan --json` writes it."""
+        keys = ("weights", "peak_rss_bytes", "disk_bytes", "kv_cache_bytes", "whole")
+        return {
+            **{key: getattr(self, key) for key in ("bytes_before", "bytes_after")},
+            "bits_per_weight": self.bits_per_weight,
+            **{key: getattr(self, key) for key in keys},
+            "warnings": list(self.warnings),
+            "recipe": self.report.recipe.to_dict(),
+            "modules": [asdict(module) for module in self.report.modules],
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            str(replace(self.report, warnings=())),
+            f"  peak memory {self.peak_rss_bytes / 1e6:,.1f} MB, "
+            f"disk {self.disk_bytes / 1e6:,.1f} MB",
+        ]
+        if self.kv_cache_bytes is not None:
+            lines.append(f"  keys and values of the context {self.kv_cache_bytes / 1e6:,.1f} MB")
+        if self.whole is not None:
+            lines.append(f"  loaded as a whole: {self.whole}")
+        return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+
+def plan(
+    source: str | Path,
+    weights: str | None = None,
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    double_quant: bool | None = None,
+    activations: str | None = None,
+    outlier_threshold: float | None = None,
+    compute_dtype: str | torch.dtype | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    recipe: Recipe | None = None,
+    task: str | None = None,
+    budget: str | float | None = None,
+    context: int | None = None,
+) -> Plan:
+    """Plan a quantization by config.json and the headers of the weights alone.
+
+    source: as `zp.load` takes it, but not quantized yet. weights to recipe: as `zp.quantize` takes
+    them; what `strict=True` refuses there is a warning here. budget: bytes, or text like "8GB"
+    (10^9) or "8GiB" (2^30), for weights and, with `context` tokens, keys and values: the widest
+    integer format that fits is planned. task: as `zp.load` takes it.
+    Raises SourceError, CheckpointError, RecipeError (nothing fits the budget, or weights or a
+    recipe beside it), UnknownNameError.
+    """
+    options = {
+        "weights": weights,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "double_quant": double_quant,
+        "activations": activations,
+        "outlier_threshold": outlier_threshold,
+        "compute_dtype": None if compute_dtype is None else dtype_name(compute_dtype),
+        "include": include,
+        "exclude": exclude,
+    }
+    if budget is None:
+        return _plan(source, options, recipe, task, context)
+    if weights is not None or recipe is not None:
+        raise RecipeError("a budget chooses the format; leave weights and recipe out")
+    limit = parse_bytes(budget)
+    for name in FOR_BUDGETS:
+        found = _plan(source, options | {"weights": name}, None, task, context)
+        needed = found.bytes_after + (found.kv_cache_bytes or 0)
+        if needed <= limit:
+            return found
+    raise RecipeError(
+        f"nothing fits in {limit / 1e6:,.1f} MB: {FOR_BUDGETS[-1]} takes {needed / 1e6:,.1f} MB"
+        + ("" if context is None else f" with {context} tokens of context")
+    )
+
+
+def parse_bytes(text: str | float) -> int:
+    """Bytes of "8GB", "7.5 GiB", "800" or a number. Raises RecipeError.
+
+    >>> parse_bytes("8GB"), parse_bytes("1.5 KiB")
+    (8000000000, 1536)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(text))
+    if match is None or match[2].lower() not in UNITS:
+        raise RecipeError(f"{text!r} is no size; write a number and MB, GB, MiB or GiB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def _plan(
+    source: str | Path,
+    options: Mapping[str, Any],
+    recipe: Recipe | None,
+    task: str | None,
+    context: int | None,
+) -> Plan:
+    found = resolve(source)
+    if found.kind == "native":
+        raise SourceError(f"{source} is quantized already; `zeropoint inspect` shows it")
+    where: str | Path = found.location if found.kind == "hub" else Path(found.location)
+    whole = None
+    skeleton: Any = float_skeleton(where, task)
+    config = skeleton.config
+    try:
+        stored = _headers(found)
+        job = outline(where, skeleton, stored, options, recipe=recipe, strict=False)
+        contents, report = job.contents, job.report
+        pieces = [
+            (job.sources[name].nbytes if name in job.sources else 0, _nbytes(contents, name))
+            for name in (*contents.qweights, *contents.tensors)
+        ]
+        extra = max(sum(map(sum, pieces[i : i + WORKERS])) for i in range(len(pieces)))
+    except StreamError as e:
+        whole = str(e)
+        dtype = torch.float32 if found.kind == "gguf" else config.dtype
+        contents, report, _ = without_values(
+            where, skeleton, dtype, options, recipe=recipe, strict=False
+        )
+        largest = max((m.bytes_before for m in report.modules), default=0)
+        extra = report.bytes_after + largest
+    return Plan(
+        report=report,
+        weights=None if recipe is not None else options["weights"] or "int8",
+        peak_rss_bytes=resident_bytes() + extra,
+        disk_bytes=_disk_bytes(contents, where),
+        kv_cache_bytes=None if context is None else _kv_cache_bytes(config, context),
+        whole=whole,
+        warnings=_warnings(report),
+    )
+
+
+def _headers(found: Source) -> dict[str, Stored]:
+    """Of a folder's files, or of a hub repository's, which sends these ranges only."""
+    if found.kind == "gguf":
+        raise StreamError("a .gguf file is dequantized while it is read")
+    if found.kind != "hub":
+        return read_headers(Path(found.location))
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+
+    try:
+        files = get_safetensors_metadata(found.location).files_metadata
+    except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError) as e:
+        raise SourceError(f"the headers of {found.location!r} cannot be read: {e}") from e
+    dtypes = {code: dtype for dtype, code in DTYPES.items()}
+    return {
+        name: Stored(file=Path(file), name=name, shape=tuple(info.shape), dtype=dtypes[info.dtype])
+        for file, metadata in files.items()
+        for name, info in metadata.tensors.items()
+    }
+
+
+def _nbytes(contents: native.Contents, name: str) -> int:
+    weight = contents.qweights.get(name)
+    return contents.tensors[name].nbytes if weight is None else weight.nbytes
+
+
+def _disk_bytes(contents: native.Contents, where: str | Path) -> int:
+    """Of the output: tensors with headers and manifest, and the files that are carried over."""
+    metadata = native.metadata(contents)
+    groups = native.shards(native.stored_tensors(contents)).values()
+    tensors = sum(layout(group, metadata).size for group in groups)
+    carried = 0
+    if isinstance(where, Path) and where.is_dir():
+        carried = sum(
+            p.stat().st_size
+            for p in where.rglob("*")
+            if p.is_file() and not p.name.endswith(WEIGHT_SUFFIXES)
+        )
+    return tensors + sum(map(len, metadata.values())) + carried
+
+
+def _kv_cache_bytes(config: Any, context: int) -> int:
+    """Keys and values of one sequence. Raises RecipeError for a model that has none."""
+    config = config.get_text_config(decoder=True)
+    layers = getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_attention_heads", None)
+    if layers is None or heads is None:
+        raise RecipeError(
+            f"context={context}: the configuration of a {config.model_type} does not say how many "
+            "layers and heads have keys and values; leave context out"
+        )
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    itemsize = (config.dtype or torch.float32).itemsize
+    return int(2 * layers * kv_heads * width * context * itemsize)
+
+
+def _warnings(report: Report) -> tuple[str, ...]:
+    """What to know before one starts, most important first."""
+    parameters = sum(m.elements for m in report.modules if m.bytes_before)
+    widths = {
+        rule.scheme.fmt.bits
+        for rule in report.recipe.rules
+        if rule.scheme is not None and rule.scheme.format in FORMATS
+    }
+    bits = min(widths, default=32)
+    warnings = []
+    if bits <= 2:
+        warnings.append(
+            f"{bits} bits by rounding, on {parameters / 1e6:,.0f} M parameters: expect gibberish; "
+            'use algorithm="gptq", and compare'
+        )
+    elif bits <= 3 or (bits <= 4 and parameters < SMALL_MODEL):
+        warnings.append(
+            f"{bits} bits by rounding, on {parameters / 1e6:,.0f} M parameters, lose much; "
+            'algorithm="gptq" loses several times less'
+        )
+    kept = [m for m in report.modules if m.action == "kept" and m.reason and m.bytes_before]
+    for reason, count in Counter(m.reason for m in kept).items():
+        size = sum(m.bytes_before for m in kept if m.reason == reason)
+        if size > report.bytes_before / 100 and reason not in ("no rule matches",):
+            warnings.append(
+                f"{count} modules, {size / max(1, report.bytes_before):.0%} of the bytes, will be "
+                f"kept: {reason}"
+            )
+    return (*warnings, *_together(report.warnings))
+
+
+def _together(warnings: Sequence[str]) -> list[str]:
+    """Warnings that differ only in the module they begin with, as one."""
+    groups: dict[str, list[str]] = {}
+    for warning in warnings:
+        name, _, rest = warning.partition(": ")
+        if not rest or " " in name:
+            groups.setdefault(warning, [])
+        else:
+            groups.setdefault(rest, []).append(name)
+    return [
+        text
+        if not names
+        else f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}"
+        for text, names in groups.items()
+    ]
