@@ -62,6 +62,7 @@ RUNS: dict[str, Callable[[Path, Path, Path, Path], tuple[object, ...]]] = {
         *("quantize", llama, "-o", out, "--activations", "int8", "--observer", "minmax"),
         *("--data", words, "--calibration-tokens", 64),
     ),
+    "plan": lambda llama, int8, words, out: ("plan", llama, "--budget", "1GB", "--context", 8),
     "inspect": lambda llama, int8, words, out: ("inspect", int8),
     "inspect --tensor": lambda llama, int8, words, out: (
         *("inspect", int8, "--tensor", "model.layers.0.mlp.up_proj.weight"),

@@ -171,6 +171,11 @@ def write_manifest(
     _write_json(folder / MANIFEST, _signed(_manifest(contents) | {"files": files}))
 
 
+def manifest_bytes(contents: Contents) -> int:
+    """The size of the manifest's file, but for what it says of files."""
+    return len(json.dumps(_signed(_manifest(contents)), indent=2))
+
+
 def _files(folder: Path, known: Mapping[str, str]) -> dict[str, Any]:
     paths = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     unknown = [file for file in paths if file not in known]

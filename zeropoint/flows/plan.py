@@ -238,7 +238,7 @@ def _disk_bytes(contents: native.Contents, where: str | Path) -> int:
             for p in where.rglob("*")
             if p.is_file() and not p.name.endswith(WEIGHT_SUFFIXES)
         )
-    return tensors + sum(map(len, metadata.values())) + carried
+    return tensors + native.manifest_bytes(contents) + carried
 
 
 def _kv_cache_bytes(config: Any, context: int) -> int:
@@ -280,7 +280,8 @@ def _warnings(report: Report) -> tuple[str, ...]:
     kept = [m for m in report.modules if m.action == "kept" and m.reason and m.bytes_before]
     for reason, count in Counter(m.reason for m in kept).items():
         size = sum(m.bytes_before for m in kept if m.reason == reason)
-        if size > report.bytes_before / 100 and reason not in ("no rule matches",):
+        said = any(warning.endswith(f": {reason}") for warning in report.warnings)
+        if size > report.bytes_before / 100 and reason != "no rule matches" and not said:
             warnings.append(
                 f"{count} modules, {size / max(1, report.bytes_before):.0%} of the bytes, will be "
                 f"kept: {reason}"

@@ -1,0 +1,193 @@
+"""Plans, compared with what is then done."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from safetensors.torch import load_file, save_file
+
+import zeropoint as zp
+from bench._gguf import write_gguf
+from tests.models import ARCHITECTURES, build, tokenizer
+from zeropoint.errors import RecipeError, SourceError, UnknownNameError
+from zeropoint.flows import plan as module
+from zeropoint.flows.plan import parse_bytes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build("llama-tied").save_pretrained(tmp_path / "float")
+    tokenizer().save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def size(folder):
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_bytes_are_those_of_the_result(tmp_path, name, weights):
+    build(name).save_pretrained(tmp_path / "float")
+    plan = zp.plan(tmp_path / "float", weights)
+    report = zp.compress(tmp_path / "float", tmp_path / "out", weights, strict=False)
+    assert plan.report == report and plan.weights == weights and plan.whole is None
+    assert plan.bytes_after == report.bytes_after
+    assert plan.disk_bytes == pytest.approx(size(tmp_path / "out"), rel=0.02)
+
+
+MEASURE = """
+import json, sys
+import zeropoint as zp
+from zeropoint.evaluate.memory import peak_rss_bytes
+planned = zp.plan(sys.argv[1], sys.argv[3])
+zp.compress(sys.argv[1], sys.argv[2], sys.argv[3])
+print(json.dumps([planned.peak_rss_bytes, peak_rss_bytes()]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_memory_is_what_it_takes(tmp_path, weights):
+    """A model whose weights are not lost in the size of Python: 600 MB, 150 MB the largest."""
+    config = SimpleNamespace(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=2048, head_dim=64,
+        intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32, dtype="float32",
+        num_key_value_heads=8, vocab_size=18000, tie_word_embeddings=True,
+    )  # fmt: skip
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float" / "config.json").write_text(json.dumps(vars(config)))
+    zp_model = module.float_skeleton(tmp_path / "float")
+    tensors = {
+        name: torch.full(p.shape, 0.01)
+        for name, p in zp_model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(tensors, tmp_path / "float" / "model.safetensors", {"format": "pt"})
+    arguments = [str(tmp_path / "float"), str(tmp_path / "out"), weights]
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
+    )
+    planned, real = json.loads(ran.stdout.splitlines()[-1])
+    assert planned == pytest.approx(real, rel=0.15)
+
+
+def test_nothing_is_read_but_headers(folder, monkeypatch):
+    def refuse(self):
+        raise AssertionError(f"{self.name} is read")
+
+    monkeypatch.setattr(module.Stored, "read", refuse)
+    assert zp.plan(folder, "int4").bytes_after > 0
+
+
+def test_a_hub_repository_sends_its_headers_only(folder, monkeypatch):
+    """The hub is not reachable in tests: its two answers are put in its place."""
+    infos = {
+        name: TensorInfo(dtype="F32", shape=list(t.shape), data_offsets=(0, t.nbytes))
+        for name, t in load_file(folder / "model.safetensors").items()
+    }
+    answer = SafetensorsRepoMetadata(
+        metadata={}, sharded=False, weight_map=dict.fromkeys(infos, "model.safetensors"),
+        files_metadata={"model.safetensors": SafetensorsFileMetadata(metadata={}, tensors=infos)},
+    )  # fmt: skip
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "get_safetensors_metadata", lambda name: asked.append(name) or answer
+    )
+    local = module.float_skeleton
+    monkeypatch.setattr(module, "float_skeleton", lambda where, task: local(folder, task))
+    plan = zp.plan("owner/name", "int4")
+    assert asked == ["owner/name"]
+    assert plan.report == zp.plan(folder, "int4").report and plan.whole is None
+
+
+def test_a_gguf_file_and_what_cannot_be_streamed_are_loaded_as_a_whole(tmp_path):
+    write_gguf(build("llama-tied"), tmp_path / "m.gguf")
+    plan = zp.plan(tmp_path / "m.gguf", "int4")
+    model = build("llama-tied")
+    assert plan.report == zp.quantize(model, "int4", strict=False)
+    assert "dequantized while it is read" in plan.whole
+    build("t5").bfloat16().save_pretrained(tmp_path / "t5")
+    plan = zp.plan(tmp_path / "t5", "int8")
+    assert "float32" in plan.whole and "loaded as a whole" in str(plan)
+    expected, _ = zp.load(tmp_path / "t5")
+    assert plan.report.bytes_before == pytest.approx(zp.footprint(expected).total_bytes, rel=0.5)
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+def test_few_bits_without_data_are_warned_about(folder):
+    assert "expect gibberish" in zp.plan(folder, "int2").warnings[0]
+    assert "lose much" in zp.plan(folder, "int4").warnings[0]
+    assert zp.plan(folder, "int8").warnings == ()
+
+
+def test_a_size_that_does_not_divide_is_one_warning_for_all_layers(folder):
+    plan = zp.plan(folder, "int4", group_size=48)
+    gibberish, by_64, by_128, coverage = plan.warnings
+    assert by_64.startswith("model.layers.0.self_attn.q_proj and 11 more: K=64 is not a multiple")
+    assert by_128.startswith("model.layers.0.mlp.down_proj and 1 more: K=128 is not a multiple")
+    assert "lose much" in gibberish and "the recipe promises" in coverage
+
+
+def test_what_will_be_kept_is_said(tmp_path):
+    build("vit").save_pretrained(tmp_path / "vit")
+    kept = [m for m in zp.plan(tmp_path / "vit").report.modules if m.action == "kept"]
+    warnings = zp.plan(tmp_path / "vit").warnings
+    assert kept and any("will be kept: no quantized counterpart of Conv2d" in w for w in warnings)
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def test_the_widest_format_that_fits(folder):
+    sizes = {name: zp.plan(folder, name).bytes_after for name in module.FOR_BUDGETS}
+    assert sorted(sizes.values(), reverse=True) == list(sizes.values())
+    for name, needed in sizes.items():
+        assert zp.plan(folder, budget=needed).weights == name
+    with pytest.raises(RecipeError, match=r"nothing fits in 0.0 MB: int2 takes 0.0 MB"):
+        zp.plan(folder, budget=min(sizes.values()) - 1)
+
+
+def test_the_context_counts(folder):
+    plan = zp.plan(folder, "int8", context=100)
+    # keys and values of 2 layers, 2 heads of 16, float32
+    assert plan.kv_cache_bytes == 2 * 2 * 2 * 16 * 100 * 4
+    fits = plan.bytes_after + plan.kv_cache_bytes
+    assert zp.plan(folder, budget=fits, context=100).weights == "int8"
+    assert zp.plan(folder, budget=fits - 1, context=100).weights == "int6"
+    assert zp.plan(folder, budget=fits - 1).weights == "int8"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("8GB", 8e9), ("8 gib", 8 * 2**30), ("7.5MB", 7.5e6), (123, 123), ("12", 12), ("3 kB", 3000)],
+)
+def test_sizes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "8 G B", "8XB", "nan", "1e9"])
+def test_what_is_no_size(text, folder):
+    with pytest.raises(RecipeError, match="is no size"):
+        zp.plan(folder, budget=text)
+
+
+def test_refused(folder, tmp_path):
+    with pytest.raises(RecipeError, match="a budget chooses the format"):
+        zp.plan(folder, "int4", budget="1GB")
+    with pytest.raises(UnknownNameError, match="int9"):
+        zp.plan(folder, "int9")
+    with pytest.raises(SourceError, match="does not exist"):
+        zp.plan(tmp_path / "nothing")
+    zp.compress(folder, tmp_path / "out")
+    with pytest.raises(SourceError, match="quantized already"):
+        zp.plan(tmp_path / "out")
+    assert Path(folder).is_dir()
