@@ -253,6 +253,7 @@ KILLS = 12
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 on
 def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
     """SIGKILL at random moments, again and again until a run comes to its end."""
     zp.compress(folder, tmp_path / "whole", workers=1)
