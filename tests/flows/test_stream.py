@@ -249,7 +249,7 @@ def test_another_recipe_or_source_is_refused_unless_it_starts_over(folder, tmp_p
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-KILLS = 12
+KILLS = 50
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")

@@ -344,7 +344,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest: the file, or where there is none, the headers."""
     if (path / MANIFEST).is_file():
         return _parsed(path / MANIFEST, _read_json(path / MANIFEST), ("hashes",))
-    return read_header(sorted(path.glob("*.safetensors")))
+    manifest = read_header(sorted(path.glob("*.safetensors")))
+    if not manifest["hashes"]:  # transformers writes them; whoever writes none writes the file
+        raise CheckpointError(
+            f"{path} lacks {MANIFEST}, which has the hashes of its files; copy the folder again"
+        )
+    return manifest
 
 
 def read_header(files: Sequence[Path]) -> dict[str, Any]:
