@@ -249,6 +249,24 @@ def test_another_recipe_or_source_is_refused_unless_it_starts_over(folder, tmp_p
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_another_process_is_not_disturbed(folder, tmp_path, monkeypatch, fresh):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stop):
+            zp.compress(folder, tmp_path / "out")
+    before = files(tmp_path / ".out.unfinished" / "checkpoint")
+    job = stream.prepare(folder, {"weights": "int8"})
+    identity = stream._identity(job, stream.get_algorithm("rtn"))
+    running = stream.Journal(tmp_path / ".out.unfinished" / "journal.jsonl", identity)
+    with pytest.raises(CheckpointError, match="written by another process"):
+        zp.compress(folder, tmp_path / "out", fresh=fresh)
+    running.close()
+    assert files(tmp_path / ".out.unfinished" / "checkpoint") == before
+    zp.compress(folder, tmp_path / "out")
+    assert zp.verify(tmp_path / "out") == []
+
+
 KILLS = 50
 
 

@@ -337,13 +337,14 @@ def _run(
     written = working / "checkpoint"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            shutil.rmtree(working, ignore_errors=True)
-        written.mkdir(parents=True, exist_ok=True)
+        working.mkdir(exist_ok=True)
         journal = Journal(working / JOURNAL, _identity(job, algorithm), fresh=fresh)
     except OSError as e:
         raise CheckpointError(f"{out} cannot be written: {e}") from e
     try:
+        if fresh:
+            shutil.rmtree(written, ignore_errors=True)
+        written.mkdir(exist_ok=True)
         _keep_only_tensors(written)
         hashes = _write_tensors(job, algorithm, written, journal, workers, on_step)
         _copy_files(job.folder, written)
