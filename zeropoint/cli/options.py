@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,40 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A folder, a hub id, a .gguf file, or package:NAME.",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="FORMAT", help="int8, int4, nf4, bfloat16 ...", show_default="int8"),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Weights that share a scale; -1: one scale per output channel.",
+        show_default="the format's own",
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Only modules with such names, as '*.mlp.*'. Repeatable.",
+        show_default="all",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN", help="Leave these modules alone. Repeatable.", show_default="none"
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A recipe (YAML or JSON) instead of weights, include and the like.",
         show_default=False,
     ),
 ]

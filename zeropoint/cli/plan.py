@@ -8,45 +8,27 @@ from typing import Annotated
 
 import typer
 
-from zeropoint.cli.options import Debug, Json, Model
+from zeropoint.cli.options import (
+    Debug,
+    Exclude,
+    GroupSize,
+    Include,
+    Json,
+    Model,
+    RecipeFile,
+    Weights,
+)
 from zeropoint.cli.reports import show_report
 from zeropoint.cli.screen import Screen, megabytes, silence_libraries
 
 
 def plan(
     model: Model,
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT", help="int8, int4, nf4, bfloat16 ...", show_default="int8"),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Weights that share a scale; -1: one scale per output channel.",
-            show_default="the format's own",
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Only modules with such names, as '*.mlp.*'. Repeatable.",
-            show_default="all",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="Leave these modules alone. Repeatable.", show_default="none"
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="A recipe (YAML or JSON) instead of these.", show_default=False
-        ),
-    ] = None,
+    weights: Weights = None,
+    group_size: GroupSize = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    recipe: RecipeFile = None,
     budget: Annotated[
         str | None,
         typer.Option(

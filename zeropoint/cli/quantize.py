@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from zeropoint.cli.options import Debug, Json, Model
+from zeropoint.cli.options import (
+    Debug,
+    Exclude,
+    GroupSize,
+    Include,
+    Json,
+    Model,
+    RecipeFile,
+    Weights,
+)
 from zeropoint.cli.reports import show_report
 from zeropoint.cli.screen import Screen, megabytes, silence_libraries, table
 from zeropoint.errors import RecipeError, ZeropointError
@@ -30,18 +39,8 @@ def quantize(
             "--output", "-o", metavar="DIR", help="The folder to write.", show_default=False
         ),
     ],
-    weights: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT", help="int8, int4, nf4, bfloat16 ...", show_default="int8"),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Weights that share a scale; -1: one scale per output channel.",
-            show_default="the format's own",
-        ),
-    ] = None,
+    weights: Weights = None,
+    group_size: GroupSize = None,
     symmetric: Annotated[
         bool | None,
         typer.Option(
@@ -79,28 +78,9 @@ def quantize(
             show_default="that of their input",
         ),
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Only modules with such names, as '*.mlp.*'. Repeatable.",
-            show_default="all",
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="Leave these modules alone. Repeatable.", show_default="none"
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A recipe (YAML or JSON) instead of the nine above.",
-            show_default=False,
-        ),
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    recipe: RecipeFile = None,
     algorithm: Annotated[
         str,
         typer.Option(
