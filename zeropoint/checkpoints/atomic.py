@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from zeropoint.errors import CheckpointError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -45,7 +43,7 @@ def replace_directory(
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         install_directory(temporary, path)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         raise CheckpointError(f"{path} cannot be written: {e}") from e
     finally:
         if temporary is not None:
