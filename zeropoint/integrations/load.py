@@ -14,7 +14,7 @@ from zeropoint.flows.ptq import Patterns, freeze, quantize
 from zeropoint.integrations.placement import place
 from zeropoint.integrations.translate import from_flags, translate
 from zeropoint.model import load as plain
-from zeropoint.model.pages import trim
+from zeropoint.model.pages import collect
 from zeropoint.model.source import resolve
 from zeropoint.model.walk import is_quantized
 from zeropoint.scheme import Recipe
@@ -87,7 +87,7 @@ def load(
     if found.kind == "native":
         raise SourceError(f"{source} is quantized already; leave {', '.join(given) or 'it'} out")
     tokenizer = plain.load_tokenizer(found)  # before the model: from a .gguf it takes much memory
-    trim()
+    collect()
     try:
         loaded = plain.load_float(
             found, plain.float_dtype(dtype), None, task, quantization_config=config
@@ -98,7 +98,7 @@ def load(
         quantize(loaded, recipe=config.recipe, strict=config.strict, **config.given)
         freeze(loaded, config.algorithm)
     place(loaded, device_map, offload_folder)
-    trim()
+    collect()
     return loaded.eval(), tokenizer
 
 

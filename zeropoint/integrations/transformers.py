@@ -38,7 +38,7 @@ from zeropoint.nn import QModule, quantized_type
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Recipe
 
-GARBAGE_BYTES = 4 << 20  # freed memory that may still count as the process's while loading
+GARBAGE_BYTES = 1 << 20  # freed memory that may still count as the process's while loading
 
 register_quantization_config(native.QUANT_METHOD)(ZeropointConfig)
 

@@ -16,6 +16,7 @@ from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, SourceError, StreamError, UnknownNameError, nearest
 from zeropoint.model.gguf import check_file, lazy_state_dict, load_config
 from zeropoint.model.lazy_rows import make_whole
+from zeropoint.model.pages import collect
 from zeropoint.model.replace import replace_module
 from zeropoint.model.save import remember_recipe
 from zeropoint.model.source import Source, resolve
@@ -134,6 +135,7 @@ def _load_gguf(
             device_map=device_map,
         )
         return _plain(loaded)
+    collect()  # what building the skeleton and reading the configuration left
     streamed: nn.Module = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
         None,
         config=config,

@@ -5,6 +5,7 @@ library keeps for the next allocation.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import sys
 from pathlib import Path
@@ -40,6 +41,12 @@ def trim() -> None:
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if malloc_trim is not None:
             malloc_trim(0)
+
+
+def collect() -> None:
+    """Free what only refers to itself, and ask the C library to give it back."""
+    gc.collect()
+    trim()
 
 
 def drop_pages(tensor: Tensor) -> None:
