@@ -31,7 +31,7 @@ from zeropoint.integrations.placement import place, several_devices
 from zeropoint.model.frameworks import FRAMEWORKS
 from zeropoint.model.lazy_rows import LazyRows
 from zeropoint.model.load import expect_inputs, install
-from zeropoint.model.pages import drop_pages, own_memory, trim
+from zeropoint.model.pages import collect, drop_pages, own_memory, trim
 from zeropoint.model.save import contents_of, remember_recipe
 from zeropoint.model.walk import named_modules, quantized_modules, weight_sites
 from zeropoint.nn import QModule, quantized_type
@@ -132,6 +132,7 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         return [] if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        collect()
         for module in quantized_modules(model).values():
             if not module.frozen:  # a weight that no file has
                 self._freeze_random(model, module)
