@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 import zeropoint as zp
 from bench._gguf import write_gguf
@@ -26,6 +26,8 @@ NUMBERS = {
 
 def write(path, architecture, *, vocabulary_size=None, layer_norm="attention.layer_norm_epsilon"):
     """A file with a vocabulary of 40 and one tensor, as far as a configuration needs it."""
+    letters = [chr(ord("a") + i) for i in range(20)]
+    pairs = list(zip(letters, letters[1:] + letters[:1], strict=True))
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in NUMBERS.items():
         writer.add_uint32(f"{architecture}.{key}", value)
@@ -36,9 +38,9 @@ def write(path, architecture, *, vocabulary_size=None, layer_norm="attention.lay
     writer.add_bool("general.truth", True)
     writer.add_int32("general.negative", -3)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([f"t{i}" for i in range(40)])
+    writer.add_token_list([*letters, *(a + b for a, b in pairs)])
     writer.add_token_types([1] * 40)
-    writer.add_token_merges([f"t{i} t{i + 1}" for i in range(39)])
+    writer.add_token_merges([f"{a} {b}" for a, b in pairs])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(3)
@@ -64,7 +66,21 @@ def test_the_configuration_is_the_one_transformers_reads(tmp_path, architecture,
         assert found.vocab_size == (vocabulary_size or 40) and found.eos_token_id == 2
 
 
-def test_the_vocabulary_is_not_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "with a tokenizer_config.json"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "falcon", "gpt2"])
+def test_the_tokenizer_is_the_one_transformers_reads(tmp_path, architecture, beside):
+    write(tmp_path / "m.gguf", architecture)
+    if beside:
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    found = ours.load_tokenizer(tmp_path / "m.gguf")
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert found.init_kwargs == expected.init_kwargs
+
+
+@pytest.mark.parametrize("read", [ours.load_config, ours.load_tokenizer])
+def test_the_vocabulary_is_not_read(tmp_path, monkeypatch, read):
     """A reader that makes an object of every token would take hundreds of MB for a real one."""
     write(tmp_path / "m.gguf", "llama")
     fields = []
@@ -75,7 +91,7 @@ def test_the_vocabulary_is_not_read(tmp_path, monkeypatch):
         fields.append(set(self.fields))
 
     monkeypatch.setattr(gguf.GGUFReader, "__init__", noting)
-    ours.load_config(tmp_path / "m.gguf")
+    read(tmp_path / "m.gguf")
     assert len(fields) == 1 and "llama.block_count" in fields[0]
     assert not {f for f in fields[0] if f.endswith((".tokens", ".merges", ".token_type"))}
 

@@ -78,6 +78,23 @@ def load_config(path: Path) -> Any:
     return config
 
 
+def load_tokenizer(path: Path) -> Any:
+    """The transformers tokenizer of the file, of the class that `AutoTokenizer` chooses; which, to
+    choose it, reads the configuration with the vocabulary. Raises OSError, ValueError, KeyError.
+    """
+    from transformers import AutoTokenizer, TokenizersBackend
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    config = load_config(path)
+    kind: Any = TOKENIZER_MAPPING.get(type(config), TokenizersBackend)
+    by_configuration = not (path.parent / "tokenizer_config.json").is_file() and (
+        getattr(config, "tokenizer_class", None) is None
+    )
+    if not by_configuration or kind is None or kind.__name__ == "MistralCommonBackend":
+        kind = AutoTokenizer
+    return kind.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def _is_vocabulary(key: str, value: Any) -> bool:
     """Arrays of a value per token or merge; those of strings are read as their lengths."""
     single = isinstance(value, bool | str | float) or key.endswith("_id")

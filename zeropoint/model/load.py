@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, SourceError, StreamError, UnknownNameError, nearest
 from zeropoint.model.gguf import check_file, lazy_state_dict, load_config
+from zeropoint.model.gguf import load_tokenizer as gguf_tokenizer
 from zeropoint.model.lazy_rows import make_whole
 from zeropoint.model.pages import collect
 from zeropoint.model.replace import replace_module
@@ -148,14 +149,6 @@ def _load_gguf(
     return streamed
 
 
-def _location(found: Source) -> tuple[str, dict[str, Any]]:
-    """The arguments by which transformers' `from_pretrained` finds a source."""
-    if found.kind == "gguf":
-        file = Path(found.location)
-        return str(file.parent), {"gguf_file": file.name}
-    return found.location, {}
-
-
 def float_skeleton(where: str | Path, task: str | None = None) -> nn.Module:
     """The model of a float checkpoint, its parameters on the meta device.
 
@@ -259,16 +252,17 @@ def _plain(loaded: Any) -> nn.Module:
 def load_tokenizer(found: Source) -> Any:
     from transformers import AutoTokenizer
 
-    where, options = _location(found)
+    where = found.location
     if found.kind in ("native", "directory") and not any(
         (Path(where) / file).is_file()
         for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
     ):
         return None
-    if found.kind == "gguf":
-        check_file(Path(where) / options["gguf_file"])
     try:
-        return AutoTokenizer.from_pretrained(where, **options)
+        if found.kind == "gguf":
+            check_file(Path(where))
+            return gguf_tokenizer(Path(where))
+        return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as e:
         if found.kind == "hub":
             return None  # vision and audio models have none
