@@ -19,6 +19,7 @@ LEVELS = (
     {"model"},
     {"flows"},
     {"evaluate", "integrations"},
+    {"plot"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -41,6 +41,7 @@ def test_exported_names_are_pinned():
         "memory",
         "numerics",
         "plan",
+        "plot",
         "quantize",
         "release",
         "save",

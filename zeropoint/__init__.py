@@ -42,6 +42,7 @@ __all__ = [
     "memory",
     "numerics",
     "plan",
+    "plot",
     "quantize",
     "release",
     "save",
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from zeropoint import numerics
+    from zeropoint import numerics, plot
     from zeropoint.checkpoints.native import verify
     from zeropoint.errors import ZeropointError
     from zeropoint.evaluate.compare import Comparison, compare
@@ -97,7 +98,11 @@ _HOMES = {
     "save": "zeropoint.model.save",
     "verify": "zeropoint.checkpoints.native",
 }
-_MODULES = {"formats": "zeropoint.numerics.formats", "numerics": "zeropoint.numerics"}
+_MODULES = {
+    "formats": "zeropoint.numerics.formats",
+    "numerics": "zeropoint.numerics",
+    "plot": "zeropoint.plot",
+}
 
 # So that transformers knows the method "zeropoint" wherever both libraries are imported.
 import_after("transformers.quantizers.auto", "zeropoint.integrations.transformers")

@@ -14,6 +14,7 @@ ZeropointError
 │   └── StreamError         one that cannot be read weight by weight, only as a whole
 ├── CheckpointError         a checkpoint that is damaged, foreign, newer, or cannot be written
 ├── TextError               a prompt or text that is too short or too long
+├── PlotError               nothing to draw, or nothing to draw it with
 └── KernelError             the kernel asked for cannot run here
 """
 
@@ -77,6 +78,10 @@ class CheckpointError(ZeropointError):
 
 class TextError(ZeropointError):
     """A prompt or text that is too short or too long."""
+
+
+class PlotError(ZeropointError):
+    """Nothing to draw, or nothing to draw it with."""
 
 
 class KernelError(ZeropointError):
