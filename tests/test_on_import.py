@@ -52,7 +52,27 @@ def test_a_module_imported_by_name_later_has_its_own_loader():
         "import sys, zeropoint, transformers.quantizers.auto as auto; "
         "assert type(auto.__loader__).__name__ == 'SourceFileLoader', auto.__loader__; "
         "assert 'zeropoint' in auto.AUTO_QUANTIZER_MAPPING; "
-        "assert not [f for f in sys.meta_path if type(f).__module__ == 'zeropoint._on_import']"
+        "assert not [f for f in sys.meta_path if getattr(f, '_module', '') == auto.__name__]"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+PEFT = """
+import sys, importlib.util
+{imports}
+assert importlib.util.find_spec("peft")  # asking whether it is there, as transformers does
+import zeropoint, peft
+assert peft.PEFT_TYPE_TO_TUNER_MAPPING["LORA"].__module__ == "zeropoint.integrations.peft"
+assert type(peft.__spec__.loader).__name__ == "SourceFileLoader"
+assert not [f for f in sys.meta_path if type(f).__module__ == "zeropoint._on_import"
+            and f._module == "peft"]
+"""
+
+
+@pytest.mark.parametrize("imports", ["import zeropoint", "import peft", "import zeropoint.cli"])
+def test_peft_knows_our_layers(imports):
+    done = subprocess.run(
+        [sys.executable, "-c", PEFT.format(imports=imports)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

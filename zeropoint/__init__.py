@@ -106,6 +106,8 @@ _MODULES = {
 
 # So that transformers knows the method "zeropoint" wherever both libraries are imported.
 import_after("transformers.quantizers.auto", "zeropoint.integrations.transformers")
+# So that peft's LoRA knows quantized layers.
+import_after("peft", "zeropoint.integrations.peft")
 
 
 def __getattr__(name: str) -> Any:

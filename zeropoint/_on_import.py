@@ -1,8 +1,9 @@
 """Something to do as soon as another library's module is imported, without importing it.
 
-transformers has no entry points: a quantization method exists for it once somebody has registered
-it. `import zeropoint` must not import transformers, and whoever imports both expects
-`from_pretrained` to know our checkpoints, in whichever order they are imported.
+transformers and peft have no entry points: a quantization method exists for them once somebody has
+registered it. `import zeropoint` must not import them, and whoever imports both expects
+`from_pretrained` to know our checkpoints and `get_peft_model` our layers, in whichever order they
+are imported.
 """
 
 from __future__ import annotations
@@ -25,35 +26,43 @@ def import_after(module: str, ours: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as the other finders do, and removes itself."""
+    """Finds one module as the other finders do, with a loader that also imports ours. It stays
+    until the module is really imported: many only ask whether there is one.
+    """
 
     def __init__(self, module: str, ours: str) -> None:
-        self._module, self._ours = module, ours
+        self._module, self.ours = module, ours
+        self._asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._module:
+        if fullname != self._module or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._ours)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
     """Runs a module as its own loader does, then imports ours."""
 
-    def __init__(self, loader: Loader, ours: str) -> None:
-        self._loader, self._ours = loader, ours
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         self._loader.exec_module(module)
         spec = module.__spec__
         assert spec is not None
         module.__loader__ = spec.loader = self._loader
-        importlib.import_module(self._ours)
+        importlib.import_module(self._finder.ours)

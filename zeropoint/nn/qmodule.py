@@ -97,7 +97,9 @@ class QModule(nn.Module):
 
     @property
     def qweight(self) -> QTensor:
-        """The frozen weight, (N, K)."""
+        """The frozen weight, (N, K). A live module has no such attribute."""
+        if not self.frozen:
+            raise AttributeError("a live module has no codes")
         return self._qweight(self.scheme)
 
     def _qweight(self, scheme: Scheme) -> QTensor:
