@@ -4,9 +4,9 @@ import re
 import pytest
 import torch
 
-from tests.helpers import defaults, example_weight, rtn, schemes
+from tests.helpers import assert_nearest, defaults, example_weight, rtn, schemes
 from zeropoint.errors import CheckpointError
-from zeropoint.numerics import Quantized, quantize
+from zeropoint.numerics import Quantized, blocked, quantize
 from zeropoint.qtensor import QTensor, check_parts, part_specs
 from zeropoint.scheme import Scheme
 
@@ -100,6 +100,64 @@ def test_no_rows_dequantize_to_nothing(scheme):
     rows = rtn(torch.randn(3, 64), scheme).rows(torch.zeros(0, dtype=torch.long))
     assert rows.shape == (0, 64)
     assert rows.dequantize().shape == (0, 64)
+
+
+@every_scheme
+def test_the_first_rows_are_stored_as_they_were(scheme):
+    q = rtn(example_weight(), scheme)
+    first = q.first_rows(3)
+    check_parts("first", first.parts, (3, 96), scheme)
+    for suffix, part in first.parts.items():
+        whole = q.parts[suffix]
+        assert same_bits(part.view(-1), whole.view(-1)[: part.numel()])
+    assert torch.equal(first.dequantize(), q.dequantize()[:3])
+    assert first.packed.untyped_storage().nbytes() == first.packed.nbytes
+
+
+@every_scheme
+@pytest.mark.parametrize("old", [5, 256 // 3 + 1])  # 3 groups in a row: 15 scales, or 258
+def test_rows_after_those_of_a_weight_leave_them_as_they_were(scheme, old):
+    q = rtn(example_weight(n=old), scheme)
+    values = torch.randn((200, 96), generator=torch.Generator().manual_seed(1))
+    grown = q.with_rows(values)
+    check_parts("grown", grown.parts, (old + 200, 96), scheme)
+    for suffix, part in q.parts.items():
+        assert same_bits(part.view(-1), grown.parts[suffix].view(-1)[: part.numel()])
+    new = grown.dequantize()[old:]
+    if scheme.double_quant or (scheme.granularity == "tensor" and q.scale is not None):
+        blocks = [blocked(t, scheme.granularity, scheme.group_size) for t in (values, new)]
+        scale = grown.scales[-len(blocks[0]) :]
+        assert_nearest(*blocks, scale, grown.zero_point, scheme.fmt)
+    else:
+        assert same_bits(new, rtn(values, scheme).dequantize())
+
+
+@every_scheme
+def test_columns_are_those_of_the_whole_whichever_groups_they_tear(scheme):
+    q = rtn(example_weight(), scheme)
+    for kept in (
+        range(96),
+        range(32, 96),
+        [*range(16), *range(48, 96)],
+        [*range(8), *range(90, 96)],
+    ):
+        indices = torch.tensor(list(kept))
+        part = q.columns(indices)
+        check_parts("columns", part.parts, (5, len(indices)), part.scheme)
+        assert same_bits(part.codes, q.codes[:, indices])
+        assert torch.equal(part.dequantize(), q.dequantize()[:, indices])
+
+
+@pytest.mark.parametrize(
+    ("kept", "size"), [([0, 2], 32), ([0], 32), ([1, 4, 5], 16), ([1, 2], 16), ([0, 1, 3], 16)]
+)
+def test_groups_get_smaller_only_where_they_are_torn(kept, size):
+    """Heads of 16 columns, groups of 32, that is two heads."""
+    q = rtn(example_weight(), Scheme.of("int4", group_size=32))
+    heads = torch.arange(96).view(6, 16)
+    whole = heads.view(3, 32)
+    indices = (whole if size == 32 else heads)[kept].view(-1)
+    assert q.columns(indices).scheme == Scheme.of("int4", group_size=size)
 
 
 @every_scheme

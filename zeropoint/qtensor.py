@@ -12,10 +12,13 @@ from torch import Tensor
 from zeropoint.errors import CheckpointError
 from zeropoint.numerics import (
     Quantized,
+    blocked,
     dequantize,
     double_quant,
     get_scale_dtype,
+    grid_codes,
     pack,
+    quantize,
     rows_and_columns,
     scale_shape,
     unpack,
@@ -162,6 +165,71 @@ class QTensor:
             shape=torch.Size((len(indices), self.shape[1])),
         )
 
+    def first_rows(self, n: int) -> QTensor:
+        """The first n rows of a 2-D weight, stored as they are: scales in 8 bits stay so."""
+        rows = self.rows(torch.arange(n, device=self.device))
+        if not self.scheme.double_quant:
+            return rows
+        assert self.scale is not None and rows.scale is not None
+        stored = self.scale[: double_quant.stored_bytes(rows.scale.numel())].clone()
+        return replace(rows, scale=stored, scheme=self.scheme)
+
+    def with_rows(self, values: Tensor) -> QTensor:
+        """The rows of this 2-D weight, bit for bit, and after them `values` by the same scheme.
+
+        values: (M, K) float. They are rounded to nearest on grids of their own; with a scale per
+        tensor on this one's, and cut off beyond its range. Of scales in 8 bits see
+        `double_quant.extend`. Raises NonFiniteError, ScaleRangeError.
+        """
+        scheme = self.scheme
+        new = quantize(
+            values,
+            scheme.format,
+            granularity=scheme.granularity,
+            group_size=scheme.group_size,
+            symmetric=scheme.symmetric,
+            scale_dtype=scheme.scale_dtype,
+        )
+        shape = torch.Size((self.shape[0] + len(values), self.shape[1]))
+        parts = self.parts
+        if scheme.granularity == "tensor" or scheme.double_quant:
+            assert self.scale is not None and new.scale is not None
+            if scheme.double_quant:
+                parts["_scale"] = double_quant.extend(
+                    self.scale, math.prod(self._scale_shape), new.scale
+                )
+            grown = replace(self, scale=parts["_scale"], shape=shape)
+            assert grown.scales is not None
+            scale = grown.scales[-len(new.scale) :]
+            blocks = blocked(values, scheme.granularity, scheme.group_size)
+            codes = grid_codes(blocks, scale, self.zero_point, scheme.fmt).view(values.shape)
+            plain = replace(scheme, double_quant=False)
+            tail = QTensor.from_codes(Quantized(codes, scale, None), plain, self.dtype)
+            return replace(grown, packed=torch.cat([self.packed, tail.packed]))
+        return QTensor.concatenate([self, QTensor.from_codes(new, scheme, self.dtype)])
+
+    def columns(self, indices: Tensor) -> QTensor:
+        """The columns `indices` (1-D, int) of a 2-D weight. Every code keeps its scale.
+
+        Where whole groups are not kept, groups get smaller: to the largest size at which each has
+        one scale. Scales in 8 bits become floats. Nothing is rounded again.
+        """
+        scheme = replace(self.scheme, double_quant=False)
+        if scheme.fmt.kind == "downcast":
+            return replace(
+                self,
+                packed=self.packed[:, indices].contiguous(),
+                shape=torch.Size((self.shape[0], len(indices))),
+            )
+        scale, zero_point = self.scales, self.zero_point
+        if scheme.group_size is not None:
+            size, groups = _regrouped(indices // scheme.group_size, scheme.group_size)
+            scheme = replace(scheme, group_size=size)
+            scale = None if scale is None else scale[:, groups]
+            zero_point = None if zero_point is None else zero_point[:, groups]
+        codes = self.codes[:, indices]
+        return QTensor.from_codes(Quantized(codes, scale, zero_point), scheme, self.dtype)
+
     @staticmethod
     def concatenate(parts: Sequence[QTensor]) -> QTensor:
         """The rows of several 2-D weights of one scheme, one after the other.
@@ -210,6 +278,19 @@ class QTensor:
 
 def _indented(part: Tensor, width: int) -> str:
     return repr(part).replace("\n", "\n" + " " * width)
+
+
+def _regrouped(groups: Tensor, largest: int) -> tuple[int, Tensor]:
+    """The largest size at which consecutive columns come from one group, and that group for each.
+
+    groups: (K,) int, the group that each column comes from. Returns size, (K // size,).
+    """
+    for size in range(largest, 0, -1):
+        if len(groups) % size == 0:
+            blocks = groups.view(-1, size)
+            if (blocks == blocks[:, :1]).all():
+                return size, blocks[:, 0]
+    raise AssertionError("blocks of one column come from one group")
 
 
 def part_specs(

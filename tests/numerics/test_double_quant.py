@@ -107,6 +107,24 @@ def test_a_scale_comes_back_within_a_step_of_its_block(count, size, spread, seed
     assert ((again - scale).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("more", [1, 3, 300])
+def test_scales_after_those_of_a_weight_leave_their_bytes_as_they_were(count, more):
+    generator = torch.Generator().manual_seed(count)
+    old, new = (1 + torch.rand((n, 1), generator=generator) for n in (count, more))
+    stored = double_quant.compress(old)
+    extended = double_quant.extend(stored, count, new)
+    assert len(extended) == double_quant.stored_bytes(count + more)
+    assert torch.equal(extended[: len(stored)], stored)
+    again = double_quant.expand(extended, (count + more, 1))
+    assert torch.equal(again[:count], double_quant.expand(stored, (count, 1)))
+    offset, absmax, _ = parts(extended)
+    for i, (scale, wanted) in enumerate(zip(again[count:], new, strict=True), start=count):
+        reach = float(absmax[i // 256])
+        nearest = min(max(float(wanted), float(offset) - reach), float(offset) + reach)
+        assert abs(float(scale) - nearest) <= reach * (0.0141 / 2 + 2e-5) + 1e-6
+
+
 def test_the_oracle_of_the_golden_test_can_fail(golden):
     ours = quantized(golden, "nf4", 64)
     wrong = nibbles(golden["nf4.64.packed"]).clone()

@@ -59,14 +59,34 @@ def compress(scale: Tensor) -> Tensor:
     """Scales as stored bytes. scale: (R, G) float32; returns (stored_bytes(R * G),) uint8."""
     flat = scale.float().reshape(-1)
     offset = flat.mean()
-    rest = -len(flat) % BLOCK
-    blocks = torch.nn.functional.pad(flat - offset, (0, rest)).view(-1, BLOCK)
+    return torch.cat([offset.reshape(1).view(torch.uint8), _blocks(flat - offset)])
+
+
+def extend(stored: Tensor, count: int, scale: Tensor) -> Tensor:
+    """The stored bytes of `count` scales as they are, and those of more scales after them.
+
+    New scales that fall into the last stored block take its absmax, and are cut off beyond it.
+    scale: (R, G) float32, > 0; returns (stored_bytes(count + R * G),) uint8.
+    """
+    flat = scale.float().reshape(-1) - stored[:_FLOAT_BYTES].clone().view(torch.float32)
+    room = min(-count % BLOCK, len(flat))
+    start = stored_bytes(count - count % BLOCK)  # where the last block begins, if it has room
+    if room:
+        absmax = stored[start : start + _FLOAT_BYTES].clone().view(torch.float32)
+        within = torch.where(absmax > 0, flat[:room] / absmax, 0.0).clamp(-1, 1)
+        stored = torch.cat([stored, _nearest(within) * (absmax > 0)])
+    return torch.cat([stored, _blocks(flat[room:])])
+
+
+def _blocks(flat: Tensor) -> Tensor:
+    """The bytes of scales less the offset: for every 256 their absmax and codes. flat: (C,)."""
+    count = len(flat)
+    blocks = torch.nn.functional.pad(flat, (0, -count % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1, keepdim=True)
     reciprocal = torch.where(absmax > 0, 1.0 / absmax, 0.0)
     codes = _nearest(blocks * reciprocal) * (absmax > 0)
-    rows = torch.cat([absmax.view(torch.uint8), codes], dim=1)
-    stored = torch.cat([offset.reshape(1).view(torch.uint8), rows.reshape(-1)])
-    return stored[: stored_bytes(len(flat))].contiguous()
+    rows = torch.cat([absmax.view(torch.uint8), codes], dim=1).reshape(-1)
+    return rows[: stored_bytes(count) - _FLOAT_BYTES]
 
 
 def expand(stored: Tensor, shape: tuple[int, int]) -> Tensor:
