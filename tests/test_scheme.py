@@ -51,6 +51,22 @@ def test_activations_are_float_unless_int8_is_asked_for(name):
     assert rounded.storage_bytes((8, 192)) == scheme.storage_bytes((8, 192))
 
 
+def test_a_learned_scale_is_an_option_of_formats_that_have_scales():
+    scheme = Scheme.of("int3", learned_scale=True)
+    assert str(scheme) == "int3 g32 asymmetric learned"
+    assert scheme.stored == Scheme.of("int3") == Scheme.of("int3").stored
+    assert "learned_scale" not in scheme.stored.to_dict()
+    assert Scheme(**json.loads(json.dumps(scheme.to_dict()))) == scheme
+    rule = Recipe.from_dict({"rules": [{"match": "*", "weights": "int3", "learned_scale": True}]})
+    assert rule.rules[0].scheme == scheme and Recipe.from_yaml(rule.to_yaml()) == rule
+    with pytest.raises(RecipeError, match="learned_scale=True: bfloat16 has no scales; leave it"):
+        Scheme.of("bfloat16", learned_scale=True)
+    with pytest.raises(RecipeError, match="learned_scale=True: .*double_quant=True are 8-bit num"):
+        Scheme.of("nf4", double_quant=True, learned_scale=True)
+    with pytest.raises(RecipeError, match="learned_scale='yes' is not true or false"):
+        Scheme.of("int3", learned_scale="yes")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_group_size_minus_one_is_per_channel_with_a_float32_scale(name):
     scheme = Scheme.of(name, group_size=PER_CHANNEL)

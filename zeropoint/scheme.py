@@ -49,6 +49,8 @@ class Scheme:
     outlier_threshold: input channels in which any |x| reaches it stay float, the others are int8
     (LLM.int8(), arXiv:2208.07339); for activations="int8" only.
     compute_dtype: a linear layer's input is cast to it, and its output back; None leaves it alone.
+    learned_scale: while live, the scales and zero points are parameters, trained with the weights
+    (LSQ, arXiv:1902.08153); of a frozen weight it says nothing.
     Raises UnknownNameError, RecipeError. `Scheme.of` fills in the format's defaults.
     """
 
@@ -61,6 +63,7 @@ class Scheme:
     activations: str | None = None
     outlier_threshold: float | None = None
     compute_dtype: str | None = None
+    learned_scale: bool = False
 
     def __post_init__(self) -> None:
         fmt = get_format(self.format)
@@ -80,6 +83,7 @@ class Scheme:
                 )
         self._check_outliers()
         self._check_double_quant()
+        self._check_learned_scale()
         if self.granularity == "group":
             _check_group_size(self.group_size)
         elif self.group_size is not None:
@@ -119,6 +123,17 @@ class Scheme:
                 "leave it out"
             )
 
+    def _check_learned_scale(self) -> None:
+        if not isinstance(self.learned_scale, bool):
+            raise RecipeError(f"learned_scale={self.learned_scale!r} is not true or false")
+        if self.learned_scale and (self.fmt.kind == "downcast" or self.double_quant):
+            what = (
+                f"{self.format} has no scales"
+                if self.fmt.kind == "downcast"
+                else ("scales of double_quant=True are 8-bit numbers")
+            )
+            raise RecipeError(f"learned_scale=True: {what}; leave it out")
+
     @classmethod
     def of(
         cls,
@@ -130,6 +145,7 @@ class Scheme:
         activations: str | None = None,
         outlier_threshold: float | None = None,
         compute_dtype: str | None = None,
+        learned_scale: bool = False,
     ) -> Scheme:
         """The scheme that `format` has by default, changed where an argument is given.
 
@@ -157,7 +173,13 @@ class Scheme:
             activations=activations,
             outlier_threshold=outlier_threshold,
             compute_dtype=compute_dtype,
+            learned_scale=learned_scale,
         )
+
+    @property
+    def stored(self) -> Scheme:
+        """What is left of the scheme when the weight is frozen: how it got its scale is past."""
+        return dataclasses.replace(self, learned_scale=False) if self.learned_scale else self
 
     @property
     def fmt(self) -> Format:
@@ -184,8 +206,9 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, leaving out what is not used. `Scheme(**d)` is the inverse."""
         fields = dataclasses.asdict(self)
-        if not self.double_quant:
-            del fields["double_quant"]
+        for option in ("double_quant", "learned_scale"):
+            if not fields[option]:
+                del fields[option]
         return {k: v for k, v in fields.items() if v is not None}
 
     def __str__(self) -> str:
@@ -195,6 +218,7 @@ class Scheme:
             name += f" g{self.group_size}" if group else f" per {self.granularity}"
             name += "" if self.symmetric else " asymmetric"
         name += " double quant" if self.double_quant else ""
+        name += " learned" if self.learned_scale else ""
         if self.activations is not None:
             name += f", {self.activations} activations"
         if self.outlier_threshold is not None:
@@ -248,6 +272,7 @@ _RULE_KEYS = (
     "activations",
     "outlier_threshold",
     "compute_dtype",
+    "learned_scale",
 )
 
 

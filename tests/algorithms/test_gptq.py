@@ -14,8 +14,9 @@ from zeropoint.algorithms import gptq as module
 from zeropoint.algorithms.choice import output_error
 from zeropoint.algorithms.gptq import DAMPING, gptq, ldl
 from zeropoint.algorithms.rtn import rtn
-from zeropoint.algorithms.search import Grid, search, search_grid
+from zeropoint.algorithms.search import search, search_grid
 from zeropoint.errors import GroupSizeError, NonFiniteError
+from zeropoint.numerics import Grid
 from zeropoint.scheme import Scheme
 
 from .cases import CALIBRATED, hessian, problem

@@ -17,6 +17,7 @@ from zeropoint.errors import NonFiniteError, UnknownNameError, ZeropointError
 from zeropoint.kernels import ops
 from zeropoint.kernels.select import KERNELS
 from zeropoint.kernels.spec import Spec
+from zeropoint.numerics import Grid
 from zeropoint.scheme import Scheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -151,6 +152,45 @@ def test_image_keeps_the_operator_contract(scheme, layout):
         scheme.double_quant,
     )
     torch.library.opcheck(torch.ops.zeropoint.image, (weight.requires_grad_(), *fields))
+
+
+LEARNABLE = [Scheme.of("int4"), Scheme.of("int3", symmetric=True), *KINDS[1:3]]
+
+
+def start(weight, scheme):
+    """The grid that rounding would choose, as parameters."""
+    qweight = rtn(weight, scheme)
+    zero_point = qweight.zero_point
+    parts = (qweight.scale, zero_point)
+    return Grid(*(None if p is None else p.float().requires_grad_() for p in parts))
+
+
+@pytest.mark.parametrize("scheme", LEARNABLE, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_on_grid_keeps_the_operator_contract(scheme, layout):
+    weight = noise(5, 64) if layout == "contiguous" else noise(64, 5).t()
+    grid = start(weight, scheme)
+    fields = (scheme.format, scheme.granularity, scheme.group_size or 0, scheme.scale_dtype)
+    torch.library.opcheck(torch.ops.zeropoint.on_grid, (weight.requires_grad_(), *grid, *fields))
+
+
+@pytest.mark.parametrize("scheme", LEARNABLE, ids=str)
+def test_on_the_grid_that_spans_the_range_the_image_is_the_same(scheme):
+    for dtype in DTYPES:
+        weight = example_weight(5, 64, dtype=dtype)
+        y = ops.image(weight, scheme, start(weight, scheme))
+        assert y.dtype == dtype and torch.equal(y, ops.image(weight, scheme))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_grid_of_another_shape_is_refused(device):
+    weight, scheme = torch.ones(5, 64, device=device), Scheme.of("int4")
+    scale = torch.ones(5, 2, device=device)
+    with pytest.raises(RuntimeError, match=r"scale is \(5, 1\).*needs \(5, 2\) of a float dtype"):
+        ops.image(weight, scheme, Grid(scale[:, :1], None))
+    codes = torch.zeros(5, 2, dtype=torch.int8, device=device)
+    with pytest.raises(RuntimeError, match=r"zero_point is \(5, 2\) torch.int8; .* a float dtype"):
+        ops.image(weight, scheme, Grid(scale, codes))
 
 
 @every_default

@@ -37,8 +37,9 @@ class Algorithm:
         """`find`, then scales in 8 bits where the scheme says so: codes are chosen before that, as
         bitsandbytes does.
         """
-        choice = self.find(weight, statistics, replace(scheme, double_quant=False))
-        return replace(choice, weight=choice.weight.with_scheme(scheme))
+        plain = replace(scheme.stored, double_quant=False)
+        choice = self.find(weight, statistics, plain)
+        return replace(choice, weight=choice.weight.with_scheme(scheme.stored))
 
     def __call__(self, weight: Tensor, scheme: Scheme, statistics: Tensor | None = None) -> QTensor:
         """Only the codes."""

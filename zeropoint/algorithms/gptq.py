@@ -22,9 +22,10 @@ from torch import Tensor
 
 from zeropoint.algorithms.choice import Choice, measured
 from zeropoint.algorithms.rtn import rtn
-from zeropoint.algorithms.search import Grid, search, search_grid
+from zeropoint.algorithms.search import search, search_grid
 from zeropoint.numerics import (
     Format,
+    Grid,
     Quantized,
     check_image,
     get_scale_dtype,

@@ -11,7 +11,6 @@ this norm. Scales are positive: the stored format has no sign for them.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from zeropoint.algorithms.choice import Choice
 from zeropoint.algorithms.rtn import rtn
 from zeropoint.numerics import (
     Format,
+    Grid,
     Quantized,
     blocked,
     check_image,
@@ -27,7 +27,7 @@ from zeropoint.numerics import (
     grid_codes,
     grid_values,
 )
-from zeropoint.numerics.affine import SCALE_FLOOR
+from zeropoint.numerics.affine import round_scale
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
@@ -45,13 +45,6 @@ SHARES = {
     7: (0.85, 4),
     8: (0.85, 4),
 }
-
-
-class Grid(NamedTuple):
-    """scale: (R, G) of the stored dtype, > 0. zero_point: (R, G) int8 or None."""
-
-    scale: Tensor
-    zero_point: Tensor | None
 
 
 def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> QTensor:
@@ -135,13 +128,7 @@ def _search_rows(
 
 
 def _shrunk(grid: Grid, share: float, dtype: torch.dtype) -> Grid:
-    return Grid(_stored(grid.scale.float() * share, dtype), grid.zero_point)
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest positive number of the stored dtype."""
-    limit = torch.finfo(dtype).max
-    return scale.clamp(SCALE_FLOOR[dtype], limit).to(dtype)
+    return Grid(round_scale(grid.scale.float() * share, dtype), grid.zero_point)
 
 
 def _error(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format) -> Tensor:
@@ -191,4 +178,4 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
         zero_point = z.to(torch.int8)
     scale = swl / torch.where(sll > 0, sll, 1.0)
     scale = torch.where((sll > 0) & (scale > 0), scale, grid.scale.float())
-    return Grid(_stored(scale, dtype), zero_point)
+    return Grid(round_scale(scale, dtype), zero_point)

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from zeropoint.algorithms import ALGORITHMS, Algorithm, get_algorithm
+from zeropoint.algorithms.choice import Choice
+from zeropoint.algorithms.search import search
 from zeropoint.errors import (
     CoverageError,
     GroupSizeError,
@@ -45,7 +47,7 @@ from zeropoint.model.walk import (
     weight_sites,
 )
 from zeropoint.nn import QLinear, QModule, quantized_type
-from zeropoint.numerics import check_finite, check_range
+from zeropoint.numerics import Grid, check_finite, check_range
 from zeropoint.progress import OnStep, no_progress
 from zeropoint.scheme import PER_CHANNEL, Recipe, Role, Rule, Scheme
 
@@ -62,6 +64,7 @@ def quantize(
     activations: str | None = None,
     outlier_threshold: float | None = None,
     compute_dtype: str | torch.dtype | None = None,
+    learned_scale: bool | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
     recipe: Recipe | None = None,
@@ -78,6 +81,8 @@ def quantize(
     them float.
     outlier_threshold: keep input channels in which any |x| reaches it float, 6.0 for LLM.int8().
     compute_dtype: the dtype in which linear layers multiply, whatever the model's own is.
+    learned_scale: scales and zero points of linear layers become parameters, to be trained with the
+    weights (LSQ); they start on the grid of least squared error.
     include, exclude: `fnmatch` patterns on module names. Embeddings and heads get int8 per row when
     `weights` has 8 bits or fewer, and stay tied where they are. recipe: a Recipe instead of all of
     these. strict=False turns an unused rule, a group size that does not divide K, and a missed
@@ -95,6 +100,7 @@ def quantize(
         "activations": activations,
         "outlier_threshold": outlier_threshold,
         "compute_dtype": None if compute_dtype is None else dtype_name(compute_dtype),
+        "learned_scale": learned_scale,
         "include": include,
         "exclude": exclude,
     }
@@ -109,12 +115,24 @@ def quantize(
                     check_range(parameter, scheme.format)
         except ZeropointError as e:
             raise type(e)(f"{site.name}.weight: {e}") from e
+    owners: dict[int, QModule] = {}
     for site, scheme in plan.schemes.items():
         quantized = quantized_type(site.module)
         assert quantized is not None
-        replace_module(model, site.names, quantized.from_float(site.module, scheme))
+        live = quantized.from_float(site.module, scheme)
+        if scheme.learned_scale:
+            owner = owners.setdefault(site.tied, live)
+            live.learn_scale(owner if owner is not live else _start(live))
+        replace_module(model, site.names, live)
     remember_recipe(model, plan.report.recipe)
     return plan.report
+
+
+def _start(live: QModule) -> Grid:
+    """The grid of least squared error: nearer than 2 mean |w| / sqrt(q_max), LSQ's section 2.1."""
+    found = search(live.float_weight().detach(), live.scheme.stored)
+    assert found.scale is not None
+    return Grid(found.scale, found.zero_point)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +191,11 @@ def freeze(
 ) -> FreezeReport:
     """Replace the float weights of a live model by codes, module by module. In place.
 
-    algorithm: how codes are chosen, a name of `zeropoint.algorithms.ALGORITHMS`. Tied weights stay
-    tied. data: for an algorithm that calibrates: texts (with tokenizer=), tensors of token ids,
-    batches as dictionaries of tensors, or "self", text the model writes itself, which is also the
-    default. calibration: how much of it is used, and how.
+    algorithm: how codes are chosen, a name of `zeropoint.algorithms.ALGORITHMS`; weights whose grid
+    was learned are rounded on it, with "rtn" only. Tied weights stay tied. data: for an algorithm
+    that calibrates: texts (with tokenizer=), tensors of token ids, batches as dictionaries of
+    tensors, or "self", text the model writes itself, which is also the default. calibration: how
+    much of it is used, and how.
 
     Raises StateError (nothing is live, or inputs have static ranges that the algorithm would make
     wrong), UnknownNameError, RecipeError (data for an algorithm that
@@ -188,6 +207,12 @@ def freeze(
     if not live:
         state = "frozen already" if modules else "not quantized; call zp.quantize(model) first"
         raise StateError(f"there is nothing to freeze: the model is {state}")
+    learned = next((name for name, m in live.items() if m.grid is not None), None)
+    if learned is not None and algorithm != "rtn":
+        raise RecipeError(
+            f"{learned} has learned its grid, and algorithm={algorithm!r} would choose another; "
+            "use algorithm='rtn', or quantize without learned_scale"
+        )
     if chosen.needs == "nothing":
         if data is not None or calibration is not None:
             known = [a.name for a in ALGORITHMS.values() if a.needs != "nothing"]
@@ -229,8 +254,7 @@ def _freeze_each(
     for done, (name, *tied) in enumerate(groups.values()):
         on_step(name, done, len(groups))
         try:
-            weight = live[name].float_weight().detach()
-            choice = algorithm.choose(weight, None, live[name].scheme)
+            choice = _chosen(live[name], algorithm)
         except ZeropointError as e:
             raise type(e)(f"{name}.weight: {e}") from e
         live[name].freeze(choice.weight)
@@ -242,6 +266,13 @@ def _freeze_each(
             )
     on_step("", len(groups), len(groups))
     return tuple(layers)
+
+
+def _chosen(live: QModule, algorithm: Algorithm) -> Choice:
+    if live.grid is not None:
+        reason = "on the grid that was learned"
+        return Choice(weight=live.on_learned_grid(), algorithm=algorithm.name, reason=reason)
+    return algorithm.choose(live.float_weight().detach(), None, live.scheme)
 
 
 def dequantize(model: nn.Module) -> None:
@@ -472,7 +503,7 @@ def _report(
             kernel = choose(
                 Spec(
                     op="embedding" if site.role == "embedding" else "linear",
-                    scheme=scheme,
+                    scheme=scheme.stored,
                     shape=shape,
                     device="cpu" if device == "meta" else device,  # planned without values
                 )

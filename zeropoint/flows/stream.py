@@ -273,7 +273,7 @@ def _freeze_without_values(
             tied[name] = owner
             continue
         shape = kind.weight_shape(site.module)
-        weights[name] = empty(shape, scheme, site.module.weight.dtype)
+        weights[name] = empty(shape, scheme.stored, site.module.weight.dtype)
         marker = torch.empty((1, 2), device="meta")
         if kind.from_layout(marker).shape != marker.shape:
             transposed.add(name)

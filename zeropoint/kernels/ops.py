@@ -6,6 +6,7 @@ operators. One contract for all kernels:
     zeropoint::linear     y = x @ dequantize(weight).T + bias
     zeropoint::embedding  y = dequantize(weight)[indices]
     zeropoint::image      y = dequantize(quantize(weight)), gradient passed straight through
+    zeropoint::on_grid    the same on a grid that is given, whose gradient is that of LSQ
 
 A weight travels as its parts (packed, scale, zero_point) and its scheme's fields, because operators
 take tensors; `weight_arguments` and `_weight` convert.
@@ -21,7 +22,15 @@ import torch
 from torch import Tensor
 
 from zeropoint.kernels.select import get_kernel
-from zeropoint.numerics import fake_quantize
+from zeropoint.numerics import (
+    Format,
+    Grid,
+    blocked,
+    fake_quantize,
+    get_format,
+    get_scale_dtype,
+)
+from zeropoint.numerics.learned import grid_gradients, on_grid, stored_grid
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
@@ -35,6 +44,10 @@ _LIBRARY.define(f"embedding(Tensor indices, {_WEIGHT}, ScalarType dtype, str ker
 _LIBRARY.define(
     "image(Tensor weight, str format, str granularity, int group_size, bool symmetric, "
     "str scale_dtype, bool double_quant) -> Tensor"
+)
+_LIBRARY.define(
+    "on_grid(Tensor weight, Tensor scale, Tensor? zero_point, str format, str granularity, "
+    "int group_size, str scale_dtype) -> Tensor"
 )
 
 
@@ -248,14 +261,67 @@ def _image_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad, *([None] * 6))
 
 
+# --- on_grid ---
+
+
+def _given_grid(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, *scheme: Any
+) -> tuple[Tensor, Grid, Format]:
+    """Blocks, their grid as it is stored, and the format, after checking that they fit together."""
+    format, granularity, group_size, scale_dtype = scheme
+    fmt = get_format(format)
+    blocks = blocked(weight, granularity, group_size or None)
+    for name, part in (("scale", scale), ("zero_point", zero_point)):
+        torch._check(
+            part is None or (part.shape == blocks.shape[:2] and part.is_floating_point()),
+            lambda name=name, part=part: (
+                f"{name} is {tuple(part.shape)} {part.dtype}; {tuple(weight.shape)} per "
+                f"{granularity} needs {tuple(blocks.shape[:2])} of a float dtype"
+            ),
+        )
+    return blocks, stored_grid(scale, zero_point, fmt, get_scale_dtype(scale_dtype)), fmt
+
+
+def _on_grid(weight: Tensor, *grid: Any) -> Tensor:
+    image = on_grid(*_given_grid(weight, *grid)).contiguous()
+    return image.view(weight.shape).to(weight.dtype)
+
+
+def _on_grid_fake(weight: Tensor, *grid: Any) -> Tensor:
+    _given_grid(weight, *grid)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _on_grid_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, scale, zero_point, *ctx.scheme = inputs
+    ctx.save_for_backward(weight, scale, zero_point)
+
+
+def _on_grid_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `numerics.learned.grid_gradients`."""
+    weight, scale, zero_point = ctx.saved_tensors
+    blocks, grid, fmt = _given_grid(weight, scale, zero_point, *ctx.scheme)
+    to_weight, to_scale, to_zero = grid_gradients(grad.reshape(blocks.shape), blocks, grid, fmt)
+    return (
+        to_weight.view(weight.shape).to(weight.dtype),
+        to_scale.to(scale.dtype),
+        None if zero_point is None or to_zero is None else to_zero.to(zero_point.dtype),
+        *([None] * 4),
+    )
+
+
 for _name, _function, _fake in (
     ("linear", _linear, _linear_fake),
     ("embedding", _embedding, _embedding_fake),
     ("image", _image, _image_fake),
+    ("on_grid", _on_grid, _on_grid_fake),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"zeropoint::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("zeropoint::image", _image_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "zeropoint::on_grid", _on_grid_backward, setup_context=_on_grid_setup, lib=_LIBRARY
+)
 torch.library.register_autograd(
     "zeropoint::linear", _linear_backward, setup_context=_linear_setup, lib=_LIBRARY
 )
@@ -341,11 +407,22 @@ def embedding(indices: Tensor, weight: QTensor, dtype: torch.dtype, kernel: str)
     return y
 
 
-def image(weight: Tensor, scheme: Scheme) -> Tensor:
+def image(weight: Tensor, scheme: Scheme, grid: Grid | None = None) -> Tensor:
     """dequantize(quantize(weight)) with the gradient of the identity. weight: (N, K) float.
 
-    Raises NonFiniteError, ScaleRangeError, GroupSizeError.
+    grid: (R, G) float parameters to use instead of the grid that spans the range; the gradients of
+    `numerics.learned`. Raises NonFiniteError, ScaleRangeError, GroupSizeError.
     """
+    if grid is not None:
+        z: Tensor = torch.ops.zeropoint.on_grid(
+            weight,
+            *grid,
+            scheme.format,
+            scheme.granularity,
+            scheme.group_size or 0,
+            scheme.scale_dtype,
+        )
+        return z
     y: Tensor = torch.ops.zeropoint.image(
         weight,
         scheme.format,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from zeropoint.kernels import ops
 from zeropoint.nn.qmodule import QModule
+from zeropoint.numerics import Grid
 from zeropoint.scheme import Role, Scheme
 
 
@@ -54,17 +55,19 @@ class QEmbedding(QModule):
         if self.frozen:
             assert self.kernel is not None
             return ops.embedding(indices, self.qweight, self._dtype, self.kernel)
-        weight = self.float_weight()
+        weight, grid = self.float_weight(), self.grid
         if self.scheme.granularity == "tensor" or self.scheme.double_quant:
             return nn.functional.embedding(
-                indices, ops.image(weight, self.scheme), self.padding_idx
+                indices, ops.image(weight, self.scheme, grid), self.padding_idx
             )
-        rows = nn.functional.embedding(indices.reshape(-1), weight, self.padding_idx)
+        chosen = indices.reshape(-1)  # rows do not share scales
+        rows = nn.functional.embedding(chosen, weight, self.padding_idx)
         if not len(rows):
             return rows.view(*indices.shape, self.embedding_dim)
-        return ops.image(rows, self.scheme).view(
-            *indices.shape, self.embedding_dim
-        )  # rows do not share scales
+        if grid is not None:
+            zero_point = None if grid.zero_point is None else grid.zero_point[chosen]
+            grid = Grid(grid.scale[chosen], zero_point)
+        return ops.image(rows, self.scheme, grid).view(*indices.shape, self.embedding_dim)
 
     def _sizes(self, n: int, k: int) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

@@ -49,4 +49,4 @@ def rounded(x: Tensor, scheme: Scheme, scale: Tensor | None, zero_point: Tensor 
 
 def weight_only(scheme: Scheme) -> Scheme:
     """The scheme of the same weight multiplied by float inputs."""
-    return replace(scheme, activations=None, outlier_threshold=None, compute_dtype=None)
+    return replace(scheme.stored, activations=None, outlier_threshold=None, compute_dtype=None)

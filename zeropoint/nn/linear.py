@@ -103,7 +103,7 @@ class QLinear(QModule):
         if not self.frozen:
             if scheme.activations is not None:
                 x = round_tokens(x)
-            image = ops.image(self.float_weight(), self.scheme)
+            image = ops.image(self.float_weight(), self.scheme, self.grid)
             return nn.functional.linear(
                 x, image if self._compute is None else image.to(x.dtype), bias
             )

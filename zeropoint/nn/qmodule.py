@@ -16,6 +16,15 @@ from torch import Tensor, nn
 from zeropoint.errors import StateError
 from zeropoint.kernels.select import choose
 from zeropoint.kernels.spec import Spec
+from zeropoint.numerics import (
+    Grid,
+    Quantized,
+    blocked,
+    check_finite,
+    get_scale_dtype,
+    grid_codes,
+)
+from zeropoint.numerics.learned import stored_grid
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Role, Scheme
 
@@ -26,10 +35,11 @@ class QModule(nn.Module):
     """A module with one quantized weight of N output rows and K columns.
 
     Live: `weight` is the float parameter; the forward uses its quantized image and gradients reach
-    the parameter. Frozen: the parts of a QTensor are buffers called weight, weight_scale and
-    weight_zero_point, which are also their names in state_dict and on disk; `.weight` returns the
-    QTensor. A frozen module that is tied to another holds no parts and reads the other's, so a tied
-    weight is stored, moved and saved once.
+    the parameter; so are weight_scale and weight_zero_point, float32, where the grid is learned.
+    Frozen: the parts of a QTensor are buffers called weight, weight_scale and weight_zero_point,
+    which are also their names in state_dict and on disk; `.weight` returns the QTensor. A frozen
+    module that is tied to another holds no parts and reads the other's, so a tied weight is stored,
+    moved and saved once.
     """
 
     float_type: ClassVar[str]
@@ -138,6 +148,7 @@ class QModule(nn.Module):
         """
         if self.frozen:
             raise StateError("the module is frozen already")
+        self.scheme = self.scheme.stored
         if (
             weight.scheme != self.scheme
             and replace(self.scheme, double_quant=False) == weight.scheme
@@ -149,7 +160,7 @@ class QModule(nn.Module):
                 f"shape {tuple(weight.shape)}"
             )
         self._dtype = weight.dtype
-        del self._parameters["weight"]
+        self._drop_floats()
         for suffix, part in weight.parts.items():
             self._buffers[PART_NAMES[suffix]] = part
         self._choose_kernel()
@@ -158,6 +169,7 @@ class QModule(nn.Module):
         """Read the parts of `owner`, which is frozen, instead of the float parameter. In place."""
         if self.frozen:
             raise StateError("the module is frozen already")
+        self.scheme = self.scheme.stored
         if not owner.frozen or owner.scheme != self.scheme or owner.shape != self.shape:
             raise StateError(
                 f"a module of {self.scheme}, shape {self.shape}, cannot be tied to one that is not "
@@ -165,6 +177,42 @@ class QModule(nn.Module):
             )
         self.follow(owner)
         self.loaded()
+
+    def _drop_floats(self) -> None:
+        for name in PART_NAMES.values():
+            self._parameters.pop(name, None)
+
+    @property
+    def grid(self) -> Grid | None:
+        """The learned grid of a live weight, (R, G) float32 parameters; None where every forward
+        finds the grid that spans the range.
+        """
+        scale = self._parameters.get("weight_scale")
+        return None if scale is None else Grid(scale, self._parameters.get("weight_zero_point"))
+
+    def learn_scale(self, start: Grid | QModule) -> None:
+        """Make the grid of a live weight a parameter. In place.
+
+        start: the grid to begin with, or the module whose parameters to share, as tied weights do.
+        """
+        if isinstance(start, QModule):
+            names = [name for name in list(PART_NAMES.values())[1:] if name in start._parameters]
+            self._parameters |= {name: start._parameters[name] for name in names}
+            return
+        self._parameters["weight_scale"] = nn.Parameter(start.scale.float())
+        if start.zero_point is not None:
+            self._parameters["weight_zero_point"] = nn.Parameter(start.zero_point.float())
+
+    def on_learned_grid(self) -> QTensor:
+        """The live weight on its learned grid, as the forward uses it. Raises NonFiniteError."""
+        assert self.grid is not None
+        weight, scheme = self.float_weight().detach(), self.scheme.stored
+        for values in (weight, *(part.detach() for part in self.grid if part is not None)):
+            check_finite(values)
+        grid = stored_grid(*self.grid, scheme.fmt, get_scale_dtype(scheme.scale_dtype))
+        blocks = blocked(weight, scheme.granularity, scheme.group_size)
+        codes = grid_codes(blocks, *grid, scheme.fmt).view(weight.shape)
+        return QTensor.from_codes(Quantized(codes, *grid), scheme, weight.dtype)
 
     @property
     @abstractmethod
@@ -175,7 +223,7 @@ class QModule(nn.Module):
         """Read the parts of `owner`, which may get them later; `loaded` is to be called then.
         In place.
         """
-        del self._parameters["weight"]
+        self._drop_floats()
         self._tied_to = (owner,)
 
     def loaded(self) -> None:
@@ -204,11 +252,17 @@ class QModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModule:
         """`.to(device)` moves the parts; `.to(dtype)` changes what they dequantize to, never the
-        parts themselves, nor the range of the inputs.
+        parts themselves, nor a learned grid, nor the range of the inputs.
         """
-        parts = {name: _moved(part, fn) for name, part in self._buffers.items()}
+        grid = [part for part in self.grid or () if part is not None]
+
+        def keeping(tensor: Tensor) -> Tensor:
+            of_grid = any(tensor is part for part in grid)
+            return _moved(tensor, fn) if of_grid else fn(tensor)
+
+        parts = {name: None if t is None else _moved(t, fn) for name, t in self._buffers.items()}
         self._buffers.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(parts)
         if not self.frozen:
             self._dtype = self.float_weight().dtype
@@ -229,9 +283,7 @@ class QModule(nn.Module):
         """The sizes as the float module's repr prints them."""
 
 
-def _moved(part: Tensor | None, fn: Callable[[Tensor], Tensor]) -> Tensor | None:
+def _moved(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """What `fn` makes of a tensor, its dtype apart."""
-    if part is None:
-        return None
     new = fn(part)
     return new if new.dtype == part.dtype else part.to(new.device)

@@ -28,12 +28,13 @@ from zeropoint.numerics import affine
 from zeropoint.numerics import double_quant as _double_quant
 from zeropoint.numerics.formats import FORMATS, SCALE_DTYPES, Format, get_format
 from zeropoint.numerics.granularity import Granularity, blocked, rows_and_columns, scale_shape
-from zeropoint.numerics.grid import grid_codes, grid_values
+from zeropoint.numerics.grid import Grid, grid_codes, grid_values
 from zeropoint.numerics.packing import pack, unpack
 
 __all__ = [
     "FORMATS",
     "Format",
+    "Grid",
     "QuantizationError",
     "Quantized",
     "blocked",

@@ -41,6 +41,11 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest positive number that `dtype` can hold and divide by. scale: any shape, float."""
+    return scale.clamp(SCALE_FLOOR[dtype], torch.finfo(dtype).max).to(dtype)
+
+
 def symmetric_scale(
     blocks: Tensor, real_max: float, scale_dtype: torch.dtype, *, of_zeros: float = 1.0
 ) -> Tensor:

@@ -6,10 +6,19 @@ algorithms try many.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from zeropoint.numerics import affine, codebook
 from zeropoint.numerics.formats import Format
+
+
+class Grid(NamedTuple):
+    """scale: (R, G) of the stored dtype, > 0. zero_point: (R, G) int8 or None."""
+
+    scale: Tensor
+    zero_point: Tensor | None
 
 
 def grid_codes(blocks: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:

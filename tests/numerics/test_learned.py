@@ -1,0 +1,82 @@
+"""Learned grids: the image is what is stored, the gradients are those of LSQ and LSQ+."""
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers import GRIDS
+from zeropoint.numerics import Grid, get_format, quantize
+from zeropoint.numerics.learned import grid_gradients, on_grid, stored_grid
+
+every_grid = pytest.mark.parametrize(("name", "symmetric"), GRIDS)
+
+
+def case(name, symmetric):
+    """Blocks (3, 2, 16) on a grid two thirds as wide as they are, so that some are clamped."""
+    fmt = get_format(name)
+    blocks = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0))
+    q = quantize(blocks.view(3, 32), name, group_size=16, symmetric=symmetric)
+    zero_point = None if q.zero_point is None else q.zero_point.float()
+    return blocks, q.scale.float() * 0.66, zero_point, fmt
+
+
+def straight_through(rounded, x):
+    return x + (rounded - x).detach()
+
+
+def spelled_out(blocks, scale, zero_point, fmt):
+    """The image as the papers write it, for torch to differentiate. All float64."""
+    steps = blocks / scale.unsqueeze(-1)
+    if fmt.kind == "integer":
+        zero = 0.0
+        if zero_point is not None:
+            zero = straight_through(torch.round(zero_point), zero_point).unsqueeze(-1)
+        shifted = (steps + zero).clamp(fmt.q_min, fmt.q_max)
+        # The code is clamped after rounding: what rounds to the last code is inside.
+        codes = torch.round(steps) + zero
+        inside = ((codes >= fmt.q_min) & (codes <= fmt.q_max)).detach()
+        codes = torch.where(inside, straight_through(codes, steps + zero), shifted)
+        return scale.unsqueeze(-1) * (codes - zero)
+    unit = torch.ones_like(scale, dtype=torch.float32)
+    levels = on_grid(steps.detach().float(), Grid(unit, None), fmt).double()
+    inside = steps.abs() <= fmt.real_max
+    return scale.unsqueeze(-1) * torch.where(inside, straight_through(levels, steps), levels)
+
+
+@every_grid
+def test_gradients_are_those_of_the_papers(name, symmetric):
+    blocks, scale, zero_point, fmt = case(name, symmetric)
+    upstream = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(1))
+    grid = stored_grid(scale, zero_point, fmt, torch.float32)
+    found = grid_gradients(upstream, blocks, grid, fmt)
+
+    inputs = [t.double().requires_grad_() for t in (blocks, scale, zero_point) if t is not None]
+    image = spelled_out(*inputs[:2], inputs[2] if zero_point is not None else None, fmt)
+    assert torch.allclose(image.float(), on_grid(blocks, grid, fmt), atol=1e-6)
+    (image * upstream).sum().backward()
+    share = 1 / math.sqrt(16 * fmt.real_max)
+    expected = [inputs[0].grad, *(share * t.grad for t in inputs[1:])]
+    assert (found[0] == 0).any() and not (found[0] == 0).all(), "some are clamped, some are not"
+    for ours, theirs in zip([t for t in found if t is not None], expected, strict=True):
+        # Sums of 16 terms, each rounded in float32 a few times.
+        assert torch.allclose(ours.double(), theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
+
+
+def test_the_scale_goes_down_where_a_wide_grid_rounds_and_up_where_a_narrow_one_clamps():
+    weight = torch.randn(1, 1, 4096, generator=torch.Generator().manual_seed(0))
+    fmt = get_format("int4")
+    signs = []
+    for scale in (2.0, 0.05):
+        grid = stored_grid(torch.tensor([[scale]]), None, fmt, torch.float32)
+        error = 2 * (on_grid(weight, grid, fmt) - weight)
+        signs.append(grid_gradients(error, weight, grid, fmt)[1].sign().item())
+    assert signs == [1.0, -1.0]
+
+
+def test_a_grid_is_stored_in_the_dtype_of_the_scheme_and_in_codes():
+    scale = torch.tensor([[0.1, -3.0, 1e9]])
+    zero_point = torch.tensor([[1.6, -40.0, 40.0]])
+    grid = stored_grid(scale, zero_point, get_format("int4"), torch.float16)
+    assert grid.scale.tolist() == [[torch.tensor(0.1).half().item(), 2.0**-24, 65504.0]]
+    assert grid.zero_point.tolist() == [[2, -8, 7]] and grid.zero_point.dtype == torch.int8
