@@ -38,7 +38,7 @@ def test_pyplot_and_its_settings_are_not_touched():
     code = (
         "import sys, zeropoint as zp\n"
         "from matplotlib import rcParams as r\n"
-        "settings = lambda: [v for k in r if k != 'backend' \n"
+        "settings = lambda: [r[k] for k in r if k != 'backend']\n"
         "before = settings()\n"
         "zp.plot.losses([(0, 1.0)])._repr_png_()\n"
         "print('matplotlib.pyplot' in sys.modules, before == settings())"
