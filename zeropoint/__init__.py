@@ -27,6 +27,8 @@ __all__ = [
     "Report",
     "Rule",
     "Scheme",
+    "Training",
+    "TrainingReport",
     "ZeropointConfig",
     "ZeropointError",
     "__version__",
@@ -35,6 +37,7 @@ __all__ = [
     "compare",
     "compress",
     "dequantize",
+    "finetune",
     "footprint",
     "formats",
     "freeze",
@@ -45,6 +48,7 @@ __all__ = [
     "plot",
     "quantize",
     "release",
+    "resize_token_embeddings",
     "save",
     "verify",
 ]
@@ -60,10 +64,12 @@ if TYPE_CHECKING:
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.plan import Plan, plan
     from zeropoint.flows.ptq import dequantize, freeze, quantize
-    from zeropoint.flows.report import Report
+    from zeropoint.flows.qat import Training, finetune
+    from zeropoint.flows.report import Report, TrainingReport
     from zeropoint.flows.stream import compress
     from zeropoint.integrations.config import ZeropointConfig
     from zeropoint.integrations.load import load
+    from zeropoint.model.embeddings import resize_token_embeddings
     from zeropoint.model.save import save
     from zeropoint.numerics import formats
     from zeropoint.qtensor import QTensor
@@ -81,6 +87,8 @@ _HOMES = {
     "Report": "zeropoint.flows.report",
     "Rule": "zeropoint.scheme",
     "Scheme": "zeropoint.scheme",
+    "Training": "zeropoint.flows.qat",
+    "TrainingReport": "zeropoint.flows.report",
     "ZeropointConfig": "zeropoint.integrations.config",
     "ZeropointError": "zeropoint.errors",
     "calibrate": "zeropoint.flows.activations",
@@ -88,6 +96,7 @@ _HOMES = {
     "compare": "zeropoint.evaluate.compare",
     "compress": "zeropoint.flows.stream",
     "dequantize": "zeropoint.flows.ptq",
+    "finetune": "zeropoint.flows.qat",
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",
     "load": "zeropoint.integrations.load",
@@ -95,6 +104,7 @@ _HOMES = {
     "plan": "zeropoint.flows.plan",
     "quantize": "zeropoint.flows.ptq",
     "release": "zeropoint.evaluate.memory",
+    "resize_token_embeddings": "zeropoint.model.embeddings",
     "save": "zeropoint.model.save",
     "verify": "zeropoint.checkpoints.native",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -259,6 +260,13 @@ class QTensor:
             scale=None if self.scale is None else self.scale.to(device),
             zero_point=None if self.zero_point is None else self.zero_point.to(device),
         )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Called for what a QTensor does not have; transformers asks for the size to resize."""
+        remedy = "take .dequantize()"
+        if name == "size":
+            remedy += ", or for another number of tokens zp.resize_token_embeddings(model, n)"
+        raise AttributeError(f"a QTensor is no torch.Tensor and has no {name!r}; {remedy}")
 
     def __repr__(self) -> str:
         lines = [
