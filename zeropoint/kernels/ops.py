@@ -15,13 +15,15 @@ take tensors; `weight_arguments` and `_weight` convert.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zeropoint.kernels.select import get_kernel
+from zeropoint.kernels.select import choose, get_kernel
+from zeropoint.kernels.spec import Spec
 from zeropoint.numerics import (
     Format,
     Grid,
@@ -193,10 +195,18 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         weight = _weight((*ctx.saved_tensors, *ctx.scheme), ctx.dtype)
-        grad_x = grad @ weight.dequantize(ctx.dtype)
+        grad_x = grad @ _floats(weight, ctx.dtype)
     if ctx.needs_input_grad[1]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return (grad_x, grad_bias, *([None] * 9))
+
+
+def _floats(weight: QTensor, dtype: torch.dtype) -> Tensor:
+    """The whole weight, (N, K), by the fastest kernel that looks up rows: all of them."""
+    plain = weight.with_scheme(replace(weight.scheme, activations=None))
+    n, k = weight.shape
+    spec = Spec(op="embedding", scheme=plain.scheme, shape=(n, k), device=weight.device.type)
+    return embedding(torch.arange(n, device=weight.device), plain, dtype, choose(spec).kernel)
 
 
 # --- embedding ---
