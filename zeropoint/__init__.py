@@ -21,6 +21,7 @@ __all__ = [
     "Comparison",
     "Footprint",
     "Memory",
+    "MergeReport",
     "Plan",
     "QTensor",
     "Recipe",
@@ -42,7 +43,9 @@ __all__ = [
     "formats",
     "freeze",
     "load",
+    "loftq_init",
     "memory",
+    "merge_adapter",
     "numerics",
     "plan",
     "plot",
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
     from zeropoint.evaluate.memory import Memory, memory, release
+    from zeropoint.evaluate.merging import MergeReport, merge_adapter
     from zeropoint.flows.activations import CalibrationTable, calibrate, calibration_table
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.plan import Plan, plan
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
     from zeropoint.flows.stream import compress
     from zeropoint.integrations.config import ZeropointConfig
     from zeropoint.integrations.load import load
+    from zeropoint.integrations.peft import loftq_init
     from zeropoint.model.embeddings import resize_token_embeddings
     from zeropoint.model.save import save
     from zeropoint.numerics import formats
@@ -81,6 +86,7 @@ _HOMES = {
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
     "Memory": "zeropoint.evaluate.memory",
+    "MergeReport": "zeropoint.evaluate.merging",
     "Plan": "zeropoint.flows.plan",
     "QTensor": "zeropoint.qtensor",
     "Recipe": "zeropoint.scheme",
@@ -100,7 +106,9 @@ _HOMES = {
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",
     "load": "zeropoint.integrations.load",
+    "loftq_init": "zeropoint.integrations.peft",
     "memory": "zeropoint.evaluate.memory",
+    "merge_adapter": "zeropoint.evaluate.merging",
     "plan": "zeropoint.flows.plan",
     "quantize": "zeropoint.flows.ptq",
     "release": "zeropoint.evaluate.memory",

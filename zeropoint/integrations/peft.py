@@ -11,11 +11,14 @@ imported.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners import lora
 from peft.tuners.tuners_utils import (
@@ -28,7 +31,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
 from zeropoint.algorithms import get_algorithm
-from zeropoint.errors import NonFiniteError, RecipeError, StateError
+from zeropoint.checkpoints.floats import Stored, read_headers
+from zeropoint.errors import NonFiniteError, RecipeError, SourceError, StateError
+from zeropoint.flows.stream import local_folder
+from zeropoint.model.load import float_skeleton, model_names
+from zeropoint.model.source import resolve
 from zeropoint.nn import PART_NAMES, QConv1D, QEmbedding, QLinear, QModule
 from zeropoint.qtensor import QTensor
 
@@ -111,13 +118,12 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
             self._unmerged = start
             self.merged_adapters.extend(names)
 
-    def merged_error(self) -> float | None:
-        """|W + scaling B A - Q| / |W + scaling B A| of the merged weight; None when not merged."""
-        if self._unmerged is None:
-            return None
-        wanted = self._sum(self._unmerged, self.merged_adapters)
-        got = _float(_weight_of(self.get_base_layer()))
-        return float((wanted.float() - got.float()).norm() / wanted.float().norm())
+    def merged_error(self) -> tuple[float, float]:
+        """|scaling B A| / |W|, and |W + scaling B A - Q| / |W + scaling B A|, of a merged layer."""
+        assert self._unmerged is not None
+        start, wanted = _float(self._unmerged), self._sum(self._unmerged, self.merged_adapters)
+        error = wanted - _float(_weight_of(self.get_base_layer()))
+        return float((wanted - start).norm() / start.norm()), float(error.norm() / wanted.norm())
 
     def _sum(self, start: QTensor | Tensor, names: list[str]) -> Tensor:
         """The float weight with adapters added, (N, K) float32 or wider."""
@@ -274,3 +280,110 @@ def _float(weight: QTensor | Tensor) -> Tensor:
 def _quantized(weight: Tensor, like: QTensor) -> QTensor:
     """The weight on a grid of the same scheme, of least squared error."""
     return get_algorithm("mse")(weight.to(like.dtype), like.scheme)
+
+
+# --- LoftQ ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoftQLayer:
+    """How far a layer's weight is from the float one: before = |W - Q| / |W|, after =
+    |W - (Q + scaling B A)| / |W|. rank: of B A.
+    """
+
+    name: str
+    rank: int
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def loftq_init(
+    model: nn.Module, source: str | Path | nn.Module, *, adapter_name: str = "default"
+) -> tuple[LoftQLayer, ...]:
+    """Start an adapter at the rounding error: at the product of its rank that is nearest to it.
+
+    scaling * B A = U_r S_r V_r, where U S V = W - dequantize(codes). This is the first iteration of
+    LoftQ (arXiv:2310.08659); nothing of that rank is nearer (Eckart and Young). The codes stay as
+    they are, so the adapter fits every copy of the base. In place.
+
+    model: one with a LoRA adapter on frozen layers. source: where the float weights are: a folder
+    of safetensors, a hub id or package:NAME, read weight by weight, or the float model itself.
+    Raises StateError (no such adapter, a layer that is live, or merged), SourceError (a weight is
+    missing or has another shape), StreamError (files that cannot be read weight by weight: pass the
+    float model).
+    """
+    root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {
+        name: module
+        for name, module in root.named_modules()
+        if isinstance(module, _Adapted) and module._has(adapter_name)
+    }
+    if not layers:
+        raise StateError(
+            f"no quantized layer has an adapter called {adapter_name!r}; quantize, freeze, and "
+            "call peft.get_peft_model first"
+        )
+    for name, layer in layers.items():
+        if layer.merged:
+            raise StateError(f"{name} is merged; call model.unmerge_adapter() first")
+        if not layer.get_base_layer().frozen:
+            raise StateError(f"{name} is live and has no codes yet; call zp.freeze(model) first")
+    read = _reader(source)
+    return tuple(
+        _start_at_error(name, layer, adapter_name, read(name)) for name, layer in layers.items()
+    )
+
+
+def _reader(source: str | Path | nn.Module) -> Callable[[str], Tensor]:
+    """A function from a module's name to its float weight."""
+    weights: Mapping[str, Tensor | Stored]
+    if isinstance(source, nn.Module):
+        where, weights = (
+            type(source).__name__,
+            dict(source.named_parameters(remove_duplicate=False)),
+        )
+    else:
+        folder = local_folder(resolve(source))
+        where, stored, skeleton = str(folder), read_headers(folder), float_skeleton(folder)
+        names = model_names(skeleton, stored, skeleton.state_dict().keys())
+        weights = {names[name]: tensor for name, tensor in stored.items()}
+
+    def read(name: str) -> Tensor:
+        weight = weights.get(f"{name}.weight")
+        if weight is None:
+            raise SourceError(f"{where} has no {name}.weight; pass the float model as the source")
+        return weight if isinstance(weight, Tensor) else weight.read()
+
+    return read
+
+
+def _start_at_error(name: str, layer: Any, adapter: str, weight: Tensor) -> LoftQLayer:
+    """Set B and A of one layer. In place."""
+    base = layer.get_base_layer()
+    weight = base.from_layout(weight)
+    if tuple(weight.shape) != base.shape:
+        raise SourceError(
+            f"{name}.weight is {tuple(weight.shape)} in the source, but the model has {base.shape}"
+        )
+    weight = weight.to(base.qweight.device, torch.float32)
+    error = weight - _float(base.qweight)
+    left, singular, right = torch.linalg.svd(error, full_matrices=False)
+    rank = min(layer.r[adapter], len(singular))
+    root = (singular[:rank] / layer.scaling[adapter]).sqrt()
+    left, right = left[:, :rank] * root, root[:, None] * right[:rank]
+    if adapter in layer.lora_A:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    else:  # an embedding has them the other way round: weight = (B A).T
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        left, right = right.T, left.T
+    a.zero_(), b.zero_()  # ranks that the weight does not have
+    a[:rank], b[:, :rank] = right, left
+    after = error - layer.get_delta_weight(adapter).float()
+    norm = weight.norm()
+    return LoftQLayer(
+        name=name,
+        rank=rank,
+        before=float(error.norm() / norm),
+        after=float(after.norm() / norm),
+    )
