@@ -38,7 +38,7 @@ class Journal:
             self._claim(path)
             earlier = None if fresh else _lines(path)
             if earlier:
-                _compare(path.parent, earlier[0], identity)
+                check_identity(path.parent, earlier[0], identity)
                 self.done = {line["piece"]: line["checksum"] for line in earlier[1:]}
             os.ftruncate(self._file, 0)
             self._append(identity)
@@ -86,8 +86,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _compare(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises CheckpointError saying what differs."""
+def check_identity(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises CheckpointError saying where the run in a folder and the one asked for differ."""
     plain = json.loads(json.dumps(now))
     keys = [k for k in dict.fromkeys((*earlier, *plain)) if earlier.get(k) != plain.get(k)]
     if not keys:

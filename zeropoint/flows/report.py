@@ -146,6 +146,39 @@ class Report:
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainingReport:
+    """What `zp.finetune` did. losses: (steps done, loss of the last) on training batches; held_out:
+    (steps done, mean loss) on batches that are not trained on, the first before any step. Losses
+    are nats of KL divergence, or relative squared errors for models without logits.
+
+    best_step: the step whose state the model has now. tokens, source: what the data was.
+    """
+
+    losses: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    best_step: int
+    tokens: int
+    source: str
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as the command line's JSON has it under `training`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.losses)} steps on {self.tokens:,} tokens of {self.source}"]
+        if self.held_out:
+            best = dict(self.held_out)[self.best_step]
+            lines.append(
+                f"  held-out loss {self.held_out[0][1]:.4f} -> {best:.4f} after "
+                f"{self.best_step} steps"
+            )
+        return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+    __repr__ = __str__  # what a bare call shows in a notebook
+
+
 def data_free(report: Report, algorithm: str) -> FreezeReport:
     """What there is to say of codes that were found without data: one algorithm for all."""
     layers = [

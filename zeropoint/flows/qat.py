@@ -1,0 +1,431 @@
+"""Training with quantization in the loop: a live model learns to answer as its float model does.
+
+    float  --quantize-->  live  --finetune-->  live  --freeze-->  frozen
+
+The forward already uses the quantized weights and inputs, so freezing changes nothing but the
+order of sums. Gradients pass straight through the rounding (arXiv:1308.3432) to the float weights,
+and to scales and zero points where they are learned (arXiv:1902.08153).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zeropoint.checkpoints.journal import check_identity
+from zeropoint.checkpoints.training import make_folder, read_state, write_state
+from zeropoint.errors import NonFiniteError, RecipeError, StateError
+from zeropoint.flows.activations import calibrate
+from zeropoint.flows.data import Calibration, Data, prepare
+from zeropoint.flows.distance import distance
+from zeropoint.flows.ptq import dequantize
+from zeropoint.flows.report import TrainingReport
+from zeropoint.model.capture import Batch, run_model
+from zeropoint.model.save import recipe_of
+from zeropoint.model.walk import quantized_modules
+from zeropoint.nn import QLinear, QModule
+from zeropoint.nn.inputs import InputRange
+from zeropoint.progress import OnStep, no_progress
+
+BETAS = (0.9, 0.95)  # short runs: the usual 0.999 would remember more steps than there are
+MAX_NORM = 1.0  # of the gradient of all parameters together
+WARM_UP = 0.1  # share of the steps in which the learning rate rises from 0
+LAST_RATE = 0.1  # of the learning rate is left at the end of the cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How `zp.finetune` trains.
+
+    steps: optimizer steps, each of one batch of at most `batch_tokens` tokens in windows of
+    `window`; of the data at most `tokens` tokens are used, drawn and ordered by `seed`.
+    learning_rate: of AdamW, for weights; it rises, then falls along a cosine.
+    scale_learning_rate: for learned scales, relative to their size. parameters: "all", or "scales"
+    to leave the weights as they are. held_out: share of the batches that is not trained on, but
+    tried every `check_every` steps; the best state seen there is the result. patience: stop after
+    so many tries without a better one; None never stops early. observer, observer_steps: inputs
+    that the scheme rounds get static ranges, seen by this observer of `zp.calibrate` in the first
+    steps, and fixed from then on. save_every: steps between two saved states. Raises RecipeError.
+    """
+
+    steps: int = 200
+    learning_rate: float = 5e-5
+    scale_learning_rate: float = 1e-3
+    parameters: Literal["all", "scales"] = "all"
+    tokens: int = 1 << 18
+    window: int = 512
+    batch_tokens: int = 2048
+    seed: int = 0
+    held_out: float = 0.05
+    check_every: int = 20
+    patience: int | None = None
+    observer: str | None = None
+    observer_steps: int = 20
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "check_every", "observer_steps", "save_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name}={value}: use at least 1")
+        for name in ("learning_rate", "scale_learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(f"{name}={getattr(self, name)} is not a positive number")
+        if not 0 <= self.held_out < 1:
+            raise RecipeError(f"held_out={self.held_out} is not a share, 0 or more and less than 1")
+        if self.parameters not in ("all", "scales"):
+            raise RecipeError(f"parameters={self.parameters!r}: use 'all' or 'scales'")
+        if self.observer is not None and self.observer_steps >= self.steps:
+            raise RecipeError(
+                f"observer_steps={self.observer_steps} leaves none of steps={self.steps} to train "
+                "with the ranges; use fewer"
+            )
+
+    @property
+    def calibration(self) -> Calibration:
+        """The part of it that says which data are used."""
+        return Calibration(
+            tokens=self.tokens, window=self.window, batch_tokens=self.batch_tokens, seed=self.seed
+        )
+
+
+def finetune(
+    model: nn.Module,
+    data: Data,
+    *,
+    tokenizer: Any = None,
+    teacher: nn.Module | None = None,
+    training: Training | None = None,
+    folder: str | Path | None = None,
+    fresh: bool = False,
+    on_step: OnStep = no_progress,
+) -> TrainingReport:
+    """Train a live model until it answers as its float model does: distillation. In place.
+
+    The loss is the Kullback-Leibler divergence of the model's next-token distribution from the
+    teacher's (Hinton et al., arXiv:1503.02531), and where there are no logits, the squared distance
+    of the outputs relative to their size. The model is trained as it is: call `model.train()`
+    first for dropout, `gradient_checkpointing_enable()` to save memory.
+
+    data: texts (with tokenizer=), token ids, batches or "self", as for `zp.freeze`. teacher: the
+    model to follow; None for a copy with the float weights that the model has now. training: how
+    much, how fast, what. folder: where the state is saved every `save_every` steps; the same call
+    on the same model goes on from there, with the same result, bit by bit on one thread; fresh
+    begins anew.
+
+    Raises StateError (the model is not live, or the teacher answers in another shape), RecipeError
+    (nothing to train), TextError (unusable data), NonFiniteError (the loss is no number),
+    CheckpointError (a folder that holds another run, or cannot be written).
+    """
+    options = training or Training()
+    modules = _live(model)
+    trained = _trained(model, modules, options)
+    if teacher is None:
+        teacher = _float_copy(model)
+    elif teacher is model:
+        raise StateError("the model cannot be its own teacher; leave teacher out for a float copy")
+    prepared = prepare(teacher, data, tokenizer, options.calibration, on_step)
+    count = min(len(prepared.batches) - 1, math.ceil(options.held_out * len(prepared.batches)))
+    kept = [(p, p.requires_grad) for p in model.parameters()]
+    run = _Run(
+        model=model,
+        teacher=teacher,
+        options=options,
+        trained=trained,
+        optimizer=_optimizer(modules, trained, options),
+        batches=prepared.batches[count:],
+        held_out=prepared.batches[:count],
+    )
+    store = None if folder is None else _Store(Path(folder), run)
+    try:
+        for parameter, _ in kept:
+            parameter.requires_grad_(any(parameter is p for p in trained.values()))
+        if store is not None and not fresh:
+            store.resume()
+        _train(run, store, on_step)
+    finally:
+        run.optimizer.zero_grad()
+        for parameter, required in kept:
+            parameter.requires_grad_(required)
+    return TrainingReport(
+        losses=tuple(run.losses),
+        held_out=tuple(run.checks),
+        best_step=run.best_step if run.held_out else run.step,
+        tokens=prepared.tokens,
+        source=prepared.source,
+        warnings=prepared.warnings,
+    )
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """A training run. losses, checks: (steps done, loss) on training and held-out batches.
+    best: the trained tensors as they were at `best_step`; None before the first check.
+    """
+
+    model: nn.Module
+    teacher: nn.Module
+    options: Training
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    batches: list[Batch]
+    held_out: list[Batch]
+    step: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    checks: list[tuple[int, float]] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_step: int = 0
+    best_loss: float = math.inf
+
+
+# --- what is trained ---
+
+
+def _live(model: nn.Module) -> dict[str, QModule]:
+    modules = quantized_modules(model)
+    frozen = next((name for name, m in modules.items() if m.frozen), None)
+    if not modules or frozen is not None:
+        state = f"{frozen} is frozen" if modules else "the model is not quantized"
+        raise StateError(
+            f"{state}, and only a live model can be trained; load the float model and call "
+            "zp.quantize(model, ...) first"
+        )
+    return modules
+
+
+def _trained(
+    model: nn.Module, modules: dict[str, QModule], options: Training
+) -> dict[str, nn.Parameter]:
+    if options.parameters == "all":
+        chosen = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not chosen:
+            raise RecipeError("no parameter of the model requires a gradient; unfreeze some")
+        return chosen
+    grids = {id(part) for m in modules.values() for part in m.grid or () if part is not None}
+    if not grids:
+        raise RecipeError(
+            "parameters='scales', but no layer learns its scale; call "
+            "zp.quantize(model, ..., learned_scale=True)"
+        )
+    return {n: p for n, p in model.named_parameters() if id(p) in grids}
+
+
+def _optimizer(
+    modules: dict[str, QModule], trained: dict[str, nn.Parameter], options: Training
+) -> torch.optim.Optimizer:
+    """AdamW, whose steps do not depend on the size of a gradient: scales of all sizes need rates of
+    their own. A scale moves by a share of its mean, a zero point by the same share of the codes.
+    """
+    rates: dict[int, float] = {}
+    for module in modules.values():
+        if module.grid is not None:
+            scale, zero_point = module.grid
+            rates[id(scale)] = options.scale_learning_rate * float(scale.detach().mean())
+            if zero_point is not None:
+                rates[id(zero_point)] = options.scale_learning_rate * module.scheme.fmt.real_max
+    groups = [
+        {"params": [p], "lr": rates.get(id(p), options.learning_rate)} for p in trained.values()
+    ]
+    for group in groups:
+        group["rate"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
+
+
+def _float_copy(model: nn.Module) -> nn.Module:
+    """The float model that a live one comes from. Doubles the memory of the weights."""
+    teacher = copy.deepcopy(model)
+    dequantize(teacher)
+    return teacher.requires_grad_(False).eval()
+
+
+# --- the loop ---
+
+
+def _train(run: _Run, store: _Store | None, on_step: OnStep) -> None:
+    options = run.options
+    if options.observer is not None and run.step == 0:
+        _check(run)
+        with calibrate(run.model, options.observer):
+            while run.step < options.observer_steps:
+                _step(run, on_step)
+        run.best, run.best_loss = {}, math.inf  # the model computes otherwise from here on
+    try:
+        while run.step < options.steps:
+            if run.step % options.check_every == 0 and _check(run):
+                break
+            _step(run, on_step)
+            if store is not None and run.step % options.save_every == 0:
+                store.save()
+    except KeyboardInterrupt:
+        if store is not None:
+            store.save()
+        raise
+    if run.held_out:
+        if not run.checks or run.checks[-1][0] != run.step:
+            _check(run)
+        with torch.no_grad():
+            for name, parameter in run.trained.items():
+                parameter.copy_(run.best[name])
+    on_step("", options.steps, options.steps)
+
+
+def _step(run: _Run, on_step: OnStep) -> None:
+    last = f"training, loss {run.losses[-1][1]:.4f}" if run.losses else "training"
+    on_step(last, run.step, run.options.steps)
+    loss = _loss(run, _batch(run))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"the loss is {value} at step {run.step}; use a smaller learning_rate than "
+            f"{run.options.learning_rate:g}, or look at the data"
+        )
+    run.optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.trained.values(), MAX_NORM)
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["rate"] * _share(run.step, run.options.steps)
+    run.optimizer.step()
+    run.step += 1
+    run.losses.append((run.step, value))
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the learning rate, in the step after `step` steps: it rises, then falls along a cosine."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    way = (step - warm_up) / max(1, steps - warm_up)
+    return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * way)) / 2
+
+
+def _batch(run: _Run) -> Batch:
+    """Every batch once, in an order of its own each time around."""
+    around, index = divmod(run.step, len(run.batches))
+    generator = torch.Generator().manual_seed(run.options.seed + around)
+    order = torch.randperm(len(run.batches), generator=generator)
+    return run.batches[int(order[index])]
+
+
+def _loss(run: _Run, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        target = run_model(run.teacher, batch)
+    return distance(run_model(run.model, batch), target, batch)
+
+
+def _check(run: _Run) -> bool:
+    """Try the held-out batches; keep the state if it is the best. Returns whether to stop."""
+    if not run.held_out:
+        return False
+    with torch.no_grad():
+        losses = [float(_loss(run, batch)) for batch in run.held_out]
+    loss = sum(losses) / len(losses)
+    run.checks.append((run.step, loss))
+    if loss < run.best_loss or not run.best:
+        run.best_loss, run.best_step = loss, run.step
+        run.best = {name: p.detach().clone() for name, p in run.trained.items()}
+    patience = run.options.patience
+    since = sum(step > run.best_step for step, _ in run.checks)
+    return patience is not None and since >= patience
+
+
+# --- killed at any moment, it goes on ---
+
+
+class _Store:
+    """Where the state of a run is kept."""
+
+    def __init__(self, folder: Path, run: _Run) -> None:
+        self._folder, self._run = folder, run
+        make_folder(folder)
+        self._identity = {
+            "training": asdict(run.options),
+            "recipe": recipe_of(run.model).to_dict(),
+            "model": _digest(p for _, p in run.model.named_parameters()),
+            "teacher": _digest(p for _, p in run.teacher.named_parameters()),
+            "data": _digest(t for b in (*run.batches, *run.held_out) for t in _tensors(b)),
+        }
+
+    def save(self) -> None:
+        """Raises CheckpointError."""
+        run = self._run
+        layers = _with_ranges(run.model)
+        state = {
+            "identity": self._identity,
+            "step": run.step,
+            "losses": run.losses,
+            "checks": run.checks,
+            "best_step": run.best_step,
+            "best_loss": run.best_loss,
+            "ranges": {n: m.input_range and asdict(m.input_range) for n, m in layers.items()},
+        }
+        tensors = {f"model.{name}": p.detach() for name, p in run.trained.items()}
+        tensors |= {f"best.{name}": t for name, t in run.best.items()}
+        moments = run.optimizer.state_dict()["state"]
+        for number, parts in moments.items():
+            tensors |= {f"optimizer.{number}.{name}": part for name, part in parts.items()}
+        for name, layer in layers.items():
+            assert layer.input_scale is not None
+            tensors[f"input_scale.{name}"] = layer.input_scale
+            if layer.input_zero_point is not None:
+                tensors[f"input_zero_point.{name}"] = layer.input_zero_point
+        tensors["random"] = torch.get_rng_state()
+        write_state(self._folder, tensors, state)
+
+    def resume(self) -> None:
+        """Go on where the state in the folder ends, if there is one. Raises CheckpointError."""
+        found = read_state(self._folder)
+        if found is None:
+            return
+        tensors, state = found
+        check_identity(self._folder, state["identity"], self._identity)
+        run = self._run
+        run.step = state["step"]
+        run.losses = [(step, loss) for step, loss in state["losses"]]
+        run.checks = [(step, loss) for step, loss in state["checks"]]
+        run.best_step, run.best_loss = state["best_step"], state["best_loss"]
+        run.best = {n.removeprefix("best."): t for n, t in tensors.items() if n.startswith("best.")}
+        with torch.no_grad():
+            for name, parameter in run.trained.items():
+                parameter.copy_(tensors[f"model.{name}"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                number, _, part = rest.partition(".")
+                moments.setdefault(int(number), {})[part] = tensor
+        groups = run.optimizer.state_dict()["param_groups"]
+        run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        modules = quantized_modules(run.model)
+        for name, seen in state["ranges"].items():
+            layer = modules[name]
+            assert isinstance(layer, QLinear)
+            zero_point = tensors.get(f"input_zero_point.{name}")
+            source = None if seen is None else InputRange(**seen)
+            layer.fix_input(tensors[f"input_scale.{name}"], zero_point, source)
+        torch.set_rng_state(tensors["random"])
+
+
+def _with_ranges(model: nn.Module) -> dict[str, QLinear]:
+    modules = quantized_modules(model).items()
+    return {n: m for n, m in modules if isinstance(m, QLinear) and m.input_scale is not None}
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [batch] if isinstance(batch, Tensor) else [batch[name] for name in sorted(batch)]
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the tensors' bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()
