@@ -48,6 +48,7 @@ def test_exported_names_are_pinned():
         "numerics",
         "plan",
         "plot",
+        "prune_heads",
         "quantize",
         "release",
         "resize_token_embeddings",

@@ -49,6 +49,7 @@ __all__ = [
     "numerics",
     "plan",
     "plot",
+    "prune_heads",
     "quantize",
     "release",
     "resize_token_embeddings",
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from zeropoint.integrations.load import load
     from zeropoint.integrations.peft import loftq_init
     from zeropoint.model.embeddings import resize_token_embeddings
+    from zeropoint.model.heads import prune_heads
     from zeropoint.model.save import save
     from zeropoint.numerics import formats
     from zeropoint.qtensor import QTensor
@@ -110,6 +112,7 @@ _HOMES = {
     "memory": "zeropoint.evaluate.memory",
     "merge_adapter": "zeropoint.evaluate.merging",
     "plan": "zeropoint.flows.plan",
+    "prune_heads": "zeropoint.model.heads",
     "quantize": "zeropoint.flows.ptq",
     "release": "zeropoint.evaluate.memory",
     "resize_token_embeddings": "zeropoint.model.embeddings",

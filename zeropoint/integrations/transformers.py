@@ -29,6 +29,7 @@ from zeropoint.flows.report import Report
 from zeropoint.integrations.config import ZeropointConfig
 from zeropoint.integrations.placement import place, several_devices
 from zeropoint.model.frameworks import FRAMEWORKS
+from zeropoint.model.heads import restore_pruned
 from zeropoint.model.lazy_rows import LazyRows
 from zeropoint.model.load import expect_inputs, install
 from zeropoint.model.pages import collect, drop_pages, own_memory, trim
@@ -73,7 +74,14 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Frozen modules without values in the places of the float ones. model: on meta."""
+        restore_pruned(model)
         tied = model.all_tied_weights_keys
+        if self.quantization_config.state == "live":
+            raise CheckpointError(
+                "the checkpoint holds the float weights of a model that was being trained; load "
+                "its original, zp.quantize it by the recipe in the checkpoint's config.json, and "
+                "go on with Trainer.train(resume_from_checkpoint=...) or model.load_state_dict(...)"
+            )
         if self.pre_quantized:
             self._expect_checkpoint(model, kwargs["checkpoint_files"])
         else:
@@ -164,7 +172,13 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     # --- saving, and everything after ---
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save_pretrained` writes. Raises StateError for a live model."""
+        """What `save_pretrained` writes: of a live model its parameters, so that training can be
+        resumed, and a word in config.json that nothing is frozen.
+        """
+        live = any(not m.frozen for m in quantized_modules(model).values())
+        model.config.quantization_config.state = "live" if live else "frozen"
+        if live:
+            return model.state_dict(), {}
         contents = contents_of(model)
         return native.stored_tensors(contents), native.header(contents)
 

@@ -16,6 +16,7 @@ from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, SourceError, StreamError, UnknownNameError, nearest
 from zeropoint.model.gguf import check_file, lazy_state_dict, load_config
 from zeropoint.model.gguf import load_tokenizer as gguf_tokenizer
+from zeropoint.model.heads import restore_pruned
 from zeropoint.model.lazy_rows import make_whole
 from zeropoint.model.pages import collect
 from zeropoint.model.replace import replace_module
@@ -110,9 +111,14 @@ def load_float(
         if found.kind == "gguf":
             return _load_gguf(Path(found.location), dtype, device_map, task, **how)
         config = AutoConfig.from_pretrained(found.location)
-        loaded: nn.Module = _model_class(config, task).from_pretrained(
+        kind = _model_class(config, task)
+        if getattr(config, "pruned_heads", None):
+            kind = _pruning(kind, config)
+        loaded: nn.Module = kind.from_pretrained(
             found.location, config=config, dtype=dtype or "auto", device_map=device_map, **how
         )
+        if getattr(config, "pruned_heads", None):
+            loaded.__class__ = kind.__base__
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise SourceError(f"{found.location!r} cannot be loaded: {e}") from e
     return loaded
@@ -207,8 +213,22 @@ def empty_model(kind: Any, config: Any) -> nn.Module:
     with init_empty_weights():
         skeleton: Any = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     skeleton.tie_weights()  # each had got a parameter of its own
+    restore_pruned(skeleton)
     model: nn.Module = skeleton
     return model
+
+
+def _pruning(kind: Any, config: Any) -> Any:
+    """The class of the model, except that its models prune themselves as their configuration says,
+    before their weights are loaded.
+    """
+    base: Any = type(empty_model(kind, config))
+
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **kwargs)
+        restore_pruned(self)
+
+    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
 def _model_class(config: Any, task: str | None) -> Any:

@@ -8,6 +8,7 @@ from zeropoint.nn.inputs import weight_only
 from zeropoint.nn.linear import QLinear
 from zeropoint.nn.qmodule import PART_NAMES, QModule
 from zeropoint.qtensor import QTensor
+from zeropoint.scheme import Scheme
 
 _SIZES = {
     "linear": ("out_features", "in_features"),
@@ -15,12 +16,12 @@ _SIZES = {
 }
 
 
-def exchange(module: QModule, weight: nn.Parameter | QTensor) -> None:
+def exchange(module: QModule, weight: nn.Parameter | QTensor, scheme: Scheme | None = None) -> None:
     """Put another weight in the place of a module's. In place.
 
     weight: what `module.weight` is to be. Live: a parameter in the float module's layout. Frozen:
     a QTensor, whose scheme becomes the module's; for a module that is tied to another, the weight
-    which that one has already got.
+    which that one has already got. scheme: of a live weight, where it becomes another.
     """
     assert isinstance(weight, QTensor) == module.frozen, "a live module stays live"
     if isinstance(weight, QTensor):
@@ -33,6 +34,7 @@ def exchange(module: QModule, weight: nn.Parameter | QTensor) -> None:
         n, k = weight.shape
     else:
         module._parameters["weight"] = weight
+        module.scheme = scheme or module.scheme
         n, k = module.float_weight().shape
     module.shape = (n, k)
     for name, size in zip(_SIZES[module.role], module.shape, strict=True):
