@@ -20,6 +20,7 @@ __all__ = [
     "CalibrationTable",
     "Comparison",
     "Footprint",
+    "HeadImportance",
     "Memory",
     "MergeReport",
     "Plan",
@@ -42,6 +43,7 @@ __all__ = [
     "footprint",
     "formats",
     "freeze",
+    "head_importance",
     "load",
     "loftq_init",
     "memory",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from zeropoint.evaluate.merging import MergeReport, merge_adapter
     from zeropoint.flows.activations import CalibrationTable, calibrate, calibration_table
     from zeropoint.flows.data import Calibration
+    from zeropoint.flows.heads import HeadImportance, head_importance
     from zeropoint.flows.plan import Plan, plan
     from zeropoint.flows.ptq import dequantize, freeze, quantize
     from zeropoint.flows.qat import Training, finetune
@@ -87,6 +90,7 @@ _HOMES = {
     "CalibrationTable": "zeropoint.flows.activations",
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
+    "HeadImportance": "zeropoint.flows.heads",
     "Memory": "zeropoint.evaluate.memory",
     "MergeReport": "zeropoint.evaluate.merging",
     "Plan": "zeropoint.flows.plan",
@@ -107,6 +111,7 @@ _HOMES = {
     "finetune": "zeropoint.flows.qat",
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",
+    "head_importance": "zeropoint.flows.heads",
     "load": "zeropoint.integrations.load",
     "loftq_init": "zeropoint.integrations.peft",
     "memory": "zeropoint.evaluate.memory",

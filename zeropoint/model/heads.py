@@ -7,7 +7,7 @@ in the configuration stay those of the model as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -65,13 +65,18 @@ def restore_pruned(model: nn.Module) -> None:
         _prune(model, {k: v for k, v in layers.items() if k in labels})
 
 
-def _prune(model: nn.Module, heads: Heads) -> None:
-    found = {attention.label: attention for attention in attentions(model)}
+def check_known(model: nn.Module, found: Sequence[Attention]) -> None:
+    """Raises StateError when no attention modules were found."""
     if not found:
         raise StateError(
             f"{type(model).__name__} has no attention module whose heads are known; known are "
             f"those with {'; '.join(str(layout) for layout in LAYOUTS)}"
         )
+
+
+def _prune(model: nn.Module, heads: Heads) -> None:
+    found = {attention.label: attention for attention in attentions(model)}
+    check_known(model, list(found.values()))
     kept = {label: _kept(found, label, {*gone}) for label, gone in heads.items()}
     for label, places in kept.items():
         _apply(model, found[label], places)
