@@ -205,13 +205,6 @@ def test_a_dequantized_model_is_saved_as_a_float_model(saved, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text())
 
 
-def test_a_live_model_is_not_saved(saved, tmp_path):
-    model, _ = saved("llama")
-    zp.quantize(model, "int4")
-    with pytest.raises(StateError, match=r"still has float weights; call zp.freeze\(model\) first"):
-        model.save_pretrained(tmp_path / "live")
-
-
 def test_auto_classes_and_pipeline(saved, tmp_path):
     _, folder = saved("llama-tied")
     words = word_tokenizer()

@@ -42,6 +42,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 QUANT_METHOD = "zeropoint"
 HEADER = "zeropoint"  # the manifest's key in the metadata of safetensors files
+LIVE_HEADER = {"zeropoint_state": "live"}  # of files that transformers writes while training
 MAX_SHARD_BYTES = 1_000_000_000  # a file is hashed while the next one is written
 SLACK_BYTES = 32_000_000  # headers, configuration, tokenizer: what is beside the tensors
 _HASHERS = 4  # threads
@@ -358,9 +359,16 @@ def read_header(files: Sequence[Path]) -> dict[str, Any]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                texts[(tensors.metadata() or {}).get(HEADER)] = file
+                metadata = tensors.metadata() or {}
+                texts[metadata.get(HEADER)] = file
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{file} cannot be read: {e}") from e
+        if metadata.items() >= LIVE_HEADER.items():
+            raise CheckpointError(
+                f"{file} holds the float weights of a model that was being trained; load its "
+                "original, call zp.quantize with the recipe in config.json, and go on with "
+                "Trainer.train(resume_from_checkpoint=...) or model.load_state_dict(...)"
+            )
     if None in texts or not texts:
         raise CheckpointError(
             f"{texts.get(None, 'the folder')} has no {HEADER!r} in the header of its safetensors; "

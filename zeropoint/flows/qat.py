@@ -113,7 +113,7 @@ def finetune(
     The loss is the Kullback-Leibler divergence of the model's next-token distribution from the
     teacher's (Hinton et al., arXiv:1503.02531), and where there are no logits, the squared distance
     of the outputs relative to their size. The model is trained as it is: call `model.train()`
-    first for dropout, `gradient_checkpointing_enable()` to save memory.
+    first for dropout, enable transformers' activation checkpointing to save memory.
 
     data: texts (with tokenizer=), token ids, batches or "self", as for `zp.freeze`. teacher: the
     model to follow; None for a copy with the float weights that the model has now. training: how

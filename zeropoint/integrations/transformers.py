@@ -76,12 +76,6 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         """Frozen modules without values in the places of the float ones. model: on meta."""
         restore_pruned(model)
         tied = model.all_tied_weights_keys
-        if self.quantization_config.state == "live":
-            raise CheckpointError(
-                "the checkpoint holds the float weights of a model that was being trained; load "
-                "its original, zp.quantize it by the recipe in the checkpoint's config.json, and "
-                "go on with Trainer.train(resume_from_checkpoint=...) or model.load_state_dict(...)"
-            )
         if self.pre_quantized:
             self._expect_checkpoint(model, kwargs["checkpoint_files"])
         else:
@@ -173,12 +167,10 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What `save_pretrained` writes: of a live model its parameters, so that training can be
-        resumed, and a word in config.json that nothing is frozen.
+        resumed, and a word that nothing is frozen.
         """
-        live = any(not m.frozen for m in quantized_modules(model).values())
-        model.config.quantization_config.state = "live" if live else "frozen"
-        if live:
-            return model.state_dict(), {}
+        if any(not m.frozen for m in quantized_modules(model).values()):
+            return model.state_dict(), dict(native.LIVE_HEADER)
         contents = contents_of(model)
         return native.stored_tensors(contents), native.header(contents)
 
