@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import zeropoint as zp
+from zeropoint.errors import RecipeError
 from zeropoint.evaluate.text import calibration_text, evaluation_text
 
 pytestmark = pytest.mark.skipif(
@@ -157,3 +158,29 @@ def test_nf4_while_loading_is_nf4_after_it_and_makes_transformers_round_trip(
     write = transformers.pipeline("text-generation", model=again, tokenizer=words)
     text = write("The capital of France is", max_new_tokens=8, do_sample=False)
     assert "Paris" in text[0]["generated_text"]
+
+
+def test_a_token_more_and_a_group_of_heads_less(loaded, tmp_path):
+    """Nine query heads of 64 columns read three heads of keys and values; groups of int4 are 32."""
+    model, words = copy.deepcopy(loaded)
+    zp.quantize(model, "int4")
+    zp.freeze(model)
+    words.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    ids = words("Once upon a time", return_tensors="pt").input_ids
+    call = words("Once <tool> upon", return_tensors="pt").input_ids
+    assert call.max() == 49152 == len(words) - 1
+    with torch.no_grad():
+        before = model(ids).logits
+        zp.resize_token_embeddings(model, len(words))
+        assert torch.equal(model(ids).logits[..., :-1], before)
+    report = zp.prune_heads(model, {3: [0, 1, 2], 20: [6, 7, 8]})
+    assert all(change.scheme_before == change.scheme_after for change in report.changes)
+    with pytest.raises(RecipeError, match="heads 3, 4, 5 share a key and value head"):
+        zp.prune_heads(model, {3: [4]})
+    zp.save(model, tmp_path / "m", tokenizer=words)
+    again, words = zp.load(tmp_path / "m")
+    assert torch.equal(words("Once <tool> upon", return_tensors="pt").input_ids, call)
+    with torch.no_grad():
+        assert torch.equal(again(call).logits, model(call).logits)
+    written = [m.generate(call, max_new_tokens=4, do_sample=False) for m in (model, again)]
+    assert torch.equal(*written) and written[0].shape == (1, call.shape[1] + 4)

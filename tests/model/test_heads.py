@@ -14,7 +14,7 @@ from torch import nn
 import zeropoint as zp
 from tests.helpers import schemes
 from tests.models import ARCHITECTURES, build, continuation, example_inputs, outputs, perceptron
-from zeropoint.errors import RecipeError, StateError
+from zeropoint.errors import CheckpointError, RecipeError, StateError
 from zeropoint.model.attention import attentions
 from zeropoint.model.load import float_skeleton
 from zeropoint.nn import QModule
@@ -244,6 +244,7 @@ def test_layers_are_numbered_where_a_number_is_enough(name):
         ("gpt2", {0: [4]}, "^layer 0 has no head 4; it had 0 to 3"),
         ("gpt2", {0: [-1]}, "^layer 0 has no head -1; it had 0 to 3"),
         ("gpt2", {0: [True]}, "^layer 0 has no head True"),
+        ("gpt2", {0: 2}, r"^layer 0: 2 is not a list of heads; write \[2\]"),
         ("gpt2", {0: [1.0]}, r"^layer 0 has no head 1\.0"),
         ("gpt2", {0: [0, 1, 2, 3]}, "^layer 0 would lose all of its 4 heads; keep one"),
         ("llama", {1: [0, 1, 2]}, "^layer 1: heads 2, 3 share a key and value head; prune all"),
@@ -289,6 +290,10 @@ def with_sinks(odd):
     odd.sinks = nn.Parameter(torch.zeros(4))
 
 
+def without_width(odd):
+    del odd.head_dim
+
+
 def with_another_projection(odd):
     odd.q_proj = nn.Bilinear(4, 4, 64)
 
@@ -309,6 +314,7 @@ class ReadsConfig(Odd):
         (Odd, with_norm, "it holds q_norm, whose weights may belong to heads"),
         (Odd, with_frozen_gate, "it holds gate, whose weights may belong to heads"),
         (Odd, with_sinks, "it holds sinks, which may belong to heads"),
+        (Odd, without_width, "it does not say how wide a head is: none of head_dim, attention_h"),
         (Odd, with_another_projection, "a projection is a Bilinear"),
         (lambda: Odd(56), lambda odd: None, "its projections are not of whole heads"),
         (ReadsWidth, lambda odd: None, "its forward reads embed_dim, the width of all heads"),
@@ -324,6 +330,24 @@ def test_attention_that_is_not_understood_is_refused(kind, change, message):
     change(odd)
     with pytest.raises(StateError, match=f"^0: heads of this .* cannot be pruned: {message}"):
         zp.prune_heads(nn.Sequential(odd), {0: [1]})
+
+
+@pytest.mark.parametrize(
+    ("pruned", "message"),
+    [
+        ({"0": [9]}, "layer 0 has no head 9; it had 0 to 3"),
+        ({"1": [0, 1, 2, 3]}, "layer 1 would lose all of its 4 heads"),
+        ([0], "list"),
+    ],
+)
+def test_a_configuration_that_cannot_be_right_is_refused(pruned, message, tmp_path):
+    model = in_state("gpt2", "frozen")
+    model.config.pruned_heads = pruned
+    zp.save(model, tmp_path / "m")
+    with pytest.raises(
+        CheckpointError, match=rf"^pruned_heads=.* in the configuration: .*{message}"
+    ):
+        zp.load(tmp_path / "m")
 
 
 def test_learned_scales_are_refused():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from zeropoint.errors import NonFiniteError, RecipeError, StateError, TextError
 from zeropoint.flows.data import Calibration, Data, prepare
-from zeropoint.model.attention import Attention, attentions
-from zeropoint.model.heads import check_known
+from zeropoint.model.attention import Attention
+from zeropoint.model.heads import check_understood, known_attentions
 from zeropoint.progress import OnStep, no_progress
 
 
@@ -93,11 +93,13 @@ def head_importance(
     (tokens, window, seed). normalize: divide the scores of each layer by their l2 norm, as the
     paper does.
 
-    Raises StateError (no attention module that is known, no loss), TextError (unusable data, no
-    labels), NonFiniteError. Source: Michel et al. 2019, arXiv:1905.10650, section 4.1, eq. 2.
+    Raises StateError (no attention module that is known, one that is not understood, no loss),
+    TextError (unusable data, no labels), NonFiniteError. Source: Michel et al. 2019,
+    arXiv:1905.10650, section 4.1.
     """
-    found = attentions(model)
-    check_known(model, found)
+    found = list(known_attentions(model).values())
+    for attention in found:
+        check_understood(attention)
     prepared = prepare(model, data, tokenizer, calibration or Calibration(), on_step)
     batches = [_with_labels(model, batch) for batch in prepared.batches]
     examples = [example for batch in batches for example in _split(batch)]

@@ -68,7 +68,7 @@ _MODEL_WIDTHS = ("embed_dim", "hidden_size", "dim", "d_model")  # not those of t
 class Attention:
     """One attention module. names: all of its names in the model.
 
-    label: the number of its layer where that names one attention module only, else its name in the
+    label: the number in its name where no two attention modules have the same, else its name in the
     base model. head_dim: rows of a head. heads: query heads it has now. shared: query heads that
     share a key and value head. pruned: numbers of the heads it had, counted from 0 in the model as
     it was. obstacle: why its heads cannot be pruned, or None.
@@ -131,7 +131,7 @@ def _numbered(names: list[str]) -> list[int | str]:
 def _projections(
     model: nn.Module, module: nn.Module, name: str, layout: Layout
 ) -> list[nn.Module] | None:
-    if layout.classes and not {c.__name__ for c in type(module).__mro__} & {*layout.classes}:
+    if layout.classes and type(module).__name__.removeprefix("Pruned") not in layout.classes:
         return None
     inputs = [module._modules.get(leaf) for leaf in layout.inputs]
     if layout.output.startswith("../"):
@@ -153,12 +153,14 @@ def _described(
     projections: list[nn.Module],
 ) -> Attention:
     *inputs, output = projections
-    head_dim = next((int(getattr(module, a)) for a in HEAD_DIM if hasattr(module, a)), 1)
+    head_dim = next((int(getattr(module, a)) for a in HEAD_DIM if hasattr(module, a)), None)
     shapes = [linear_shape(p) for p in projections]
     heads = shared = 1
     if None in shapes:
         strange = projections[shapes.index(None)]
         obstacle: str | None = f"a projection is a {type(strange).__name__}"
+    elif head_dim is None:
+        obstacle = f"it does not say how wide a head is: none of {', '.join(HEAD_DIM)}"
     else:
         sizes = [shape for shape in shapes if shape is not None]
         parts = 1 if layout.rows == "apart" else 3
@@ -177,7 +179,7 @@ def _described(
         layout=layout,
         inputs=tuple(inputs),
         output=output,
-        head_dim=head_dim,
+        head_dim=head_dim or 1,
         heads=heads,
         shared=shared,
         pruned=tuple(getattr(module, "pruned_heads", ())),

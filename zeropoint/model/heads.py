@@ -7,14 +7,14 @@ in the configuration stay those of the model as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zeropoint.errors import RecipeError, StateError, nearest
+from zeropoint.errors import CheckpointError, RecipeError, StateError, nearest
 from zeropoint.model.attention import (
     HEADS,
     KEY_VALUE_HEADS,
@@ -55,29 +55,42 @@ def prune_heads(model: nn.Module, heads: Heads) -> SurgeryReport:
 
 
 def restore_pruned(model: nn.Module) -> None:
-    """Prune a model as its configuration says it was, if its weights are not loaded yet. In
-    place.
+    """Prune a model as its configuration says, which changes nothing where it is pruned already.
+    In place. Raises CheckpointError when the model cannot be what the configuration says.
     """
     wanted: Any = getattr(getattr(model, "config", None), "pruned_heads", None)
     if wanted:
         labels = {attention.label for attention in attentions(model)}
-        layers = {int(k) if str(k).isdigit() else k: v for k, v in wanted.items()}
-        _prune(model, {k: v for k, v in layers.items() if k in labels})
+        try:
+            layers = {int(k) if str(k).isdigit() else k: v for k, v in wanted.items()}
+            _prune(model, {k: v for k, v in layers.items() if k in labels})
+        except (AttributeError, RecipeError, StateError) as e:
+            raise CheckpointError(f"pruned_heads={wanted!r} in the configuration: {e}") from e
 
 
-def check_known(model: nn.Module, found: Sequence[Attention]) -> None:
-    """Raises StateError when no attention modules were found."""
+def known_attentions(model: nn.Module) -> dict[int | str, Attention]:
+    """The attention modules whose heads can be told apart, by label. Raises StateError: none."""
+    found = {attention.label: attention for attention in attentions(model)}
     if not found:
         raise StateError(
             f"{type(model).__name__} has no attention module whose heads are known; known are "
             f"those with {'; '.join(str(layout) for layout in LAYOUTS)}"
         )
+    return found
+
+
+def check_understood(attention: Attention) -> None:
+    """Raises StateError when an attention module has something that may belong to heads."""
+    if attention.obstacle is not None:
+        raise StateError(
+            f"{attention.names[0]}: heads of this {type(attention.module).__name__} cannot be "
+            f"pruned: {attention.obstacle}"
+        )
 
 
 def _prune(model: nn.Module, heads: Heads) -> None:
-    found = {attention.label: attention for attention in attentions(model)}
-    check_known(model, list(found.values()))
-    kept = {label: _kept(found, label, {*gone}) for label, gone in heads.items()}
+    found = known_attentions(model)
+    kept = {label: _kept(found, label, gone) for label, gone in heads.items()}
     for label, places in kept.items():
         _apply(model, found[label], places)
     config: Any = getattr(model, "config", None)
@@ -86,17 +99,18 @@ def _prune(model: nn.Module, heads: Heads) -> None:
         config.pruned_heads = pruned
 
 
-def _kept(found: dict[int | str, Attention], label: int | str, gone: set[int]) -> list[int]:
+def _kept(
+    found: Mapping[int | str, Attention], label: int | str, heads: Iterable[int]
+) -> list[int]:
     """The places of the heads that a layer keeps, in the order they have now."""
     if label not in found:
         names = [str(known) for known in found]
         raise RecipeError(f"there is no layer {label!r}; {nearest(str(label), names)}")
+    if not isinstance(heads, Iterable):
+        raise RecipeError(f"layer {label!r}: {heads!r} is not a list of heads; write [{heads!r}]")
+    gone = {*heads}
     attention = found[label]
-    if attention.obstacle is not None:
-        raise StateError(
-            f"{attention.names[0]}: heads of this {type(attention.module).__name__} cannot be "
-            f"pruned: {attention.obstacle}"
-        )
+    check_understood(attention)
     count = attention.heads + len(attention.pruned)
     for head in gone:
         if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head < count:

@@ -32,12 +32,15 @@ class SurgeryReport:
 
     def __str__(self) -> str:
         before, after = (f"{n / 1e6:.2f}" for n in (self.bytes_before, self.bytes_after))
-        lines = [f"{before} -> {after} MB, {len(self.changes)} weights changed"]
+        weights = "weight" if len(self.changes) == 1 else "weights"
+        lines = [f"{before} -> {after} MB, {len(self.changes)} {weights} changed"]
         for change in self.changes:
             shapes = " -> ".join(f"{n} x {k}" for n, k in (change.shape_before, change.shape_after))
             schemes = [s or "float" for s in (change.scheme_before, change.scheme_after)]
             lines.append(f"  {change.name}: {shapes}, {' -> '.join(dict.fromkeys(schemes))}")
         return "\n".join(lines)
+
+    __repr__ = __str__  # what a bare call shows in a notebook
 
 
 @dataclass(frozen=True, kw_only=True)
