@@ -88,7 +88,7 @@ def test_without_a_bound_the_loss_is_what_theory_says():
     factors = ldl(h, (1e-6,))
     grid = Grid(torch.ones(4000, 1), None)
     order = torch.arange(48)
-    found = module._feedback(weight, grid, Scheme.of("int8"), factors, order)
+    found = module.feedback(weight, grid, Scheme.of("int8"), factors, order)
     assert found.abs().max() < 127
     error = weight.double() - found
     loss = ((error @ h) * error).sum(1).mean()

@@ -106,11 +106,11 @@ def gptq(
             f"{DAMPING[-1]:g} * mean(diag H)",
         )
         return _least(measured(searched, weight, h), rounded)
-    codes = _feedback(weight, grid, scheme, factors, permutation)
+    codes = feedback(weight, grid, scheme, factors, permutation)
     damped = h + factors.damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype).to(h)
     for _ in range(sweeps):
         grid = _refit(weight, codes, grid, scheme, damped)
-        codes = _descend(weight, codes, grid, scheme, damped, permutation)
+        codes = descend(weight, codes, grid, scheme, damped, permutation)
     found = Choice(weight=_stored(codes, grid, weight, scheme), algorithm="gptq")
     found = replace(
         _least(measured(found, weight, h), rounded),
@@ -195,7 +195,7 @@ class _Columns(NamedTuple):
         return grid_values(codes, scale, None, self.fmt).view(-1)
 
 
-def _feedback(
+def feedback(
     weight: Tensor, grid: Grid, scheme: Scheme, factors: Pivots, permutation: Tensor
 ) -> Tensor:
     """Round column by column, each with the errors of those before it. Returns codes (N, K)."""
@@ -215,7 +215,7 @@ def _feedback(
     return _codes_of(w - error, grid, scheme, permutation)
 
 
-def _descend(
+def descend(
     weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor, permutation: Tensor
 ) -> Tensor:
     """Round every column again with the others fixed: target_k = w_k + sum_{i!=k} e_i H_ik / H_kk.

@@ -174,7 +174,7 @@ def compare(
     try:
         first.eval(), second.eval()
         with torch.no_grad():
-            if _kind(first) == "encoder":
+            if kind_of(first) == "encoder":
                 return _compare_encoders(first, second, tokenizer, text, on_step)
             return _compare_language(first, second, tokenizer, text, tokens, window, on_step)
     finally:
@@ -189,7 +189,7 @@ def _loaded(source: str | Path | nn.Module, tokenizer: Any) -> tuple[nn.Module, 
     return model, tokenizer if tokenizer is not None else found
 
 
-def _kind(model: Any) -> str:
+def kind_of(model: Any) -> str:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "encoder-decoder"
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -215,10 +215,10 @@ def _compare_language(
     parts = []
     for done, piece in enumerate(windows):
         on_step("comparing", done, len(windows))
-        a, targets = _logits(reference, piece)
-        b, _ = _logits(candidate, piece)
+        a, targets = logits_of(reference, piece)
+        b, _ = logits_of(candidate, piece)
         for role, logits in (("reference", a), ("candidate", b)):
-            _check_answer(role, "logits", logits, f"tokens from {done * window} on")
+            check_answer(role, "logits", logits, f"tokens from {done * window} on")
         if a.shape != b.shape:
             raise SourceError(
                 f"vocabularies differ: the reference has {a.shape[-1]} logits, the candidate "
@@ -245,17 +245,17 @@ def _compare_language(
     )
 
 
-def _logits(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+def logits_of(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (T, V) and the tokens they predict (T,)."""
     ids = ids.to(_device(model)).unsqueeze(0)
-    if _kind(model) == "encoder-decoder":
+    if kind_of(model) == "encoder-decoder":
         half = ids.shape[1] // 2
         output = model(input_ids=ids[:, :half], decoder_input_ids=ids[:, half:])
         return output.logits[0, :-1], ids[0, half + 1 :]
     return model(input_ids=ids, use_cache=False).logits[0, :-1], ids[0, 1:]
 
 
-def _check_answer(role: str, what: str, values: Tensor, where: str) -> None:
+def check_answer(role: str, what: str, values: Tensor, where: str) -> None:
     """Raises NonFiniteError. values: (T, ...), one row for each token."""
     broken = int((~torch.isfinite(values)).flatten(1).any(1).sum())
     if not broken:
@@ -324,7 +324,7 @@ def _embedding(role: str, model: Any, tokenizer: Any, sentence: str) -> Tensor:
             "supports language models, "
             "encoder-decoders and encoders"
         )
-    _check_answer(role, "hidden states", hidden[0], f"tokens of {sentence[:40]!r}")
+    check_answer(role, "hidden states", hidden[0], f"tokens of {sentence[:40]!r}")
     mean: Tensor = hidden[0].double().mean(0).cpu()
     unit: Tensor = mean / mean.norm()
     return unit

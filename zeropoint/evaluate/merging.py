@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zeropoint.errors import SourceError, StateError, TextError
-from zeropoint.evaluate.compare import _check_answer, _kind, _logits
+from zeropoint.evaluate.compare import check_answer, kind_of, logits_of
 from zeropoint.evaluate.statistics import token_distances
 from zeropoint.progress import OnStep, no_progress
 
@@ -128,7 +128,7 @@ def _windows(
     model: nn.Module, text: str | Sequence[str], tokenizer: Any, tokens: int, window: int
 ) -> list[Tensor]:
     """Token ids, (T,) each, T <= window."""
-    if _kind(model) == "encoder":
+    if kind_of(model) == "encoder":
         raise SourceError(
             f"{type(model).__name__} is not a language model and gives no logits to compare; leave "
             "the text out"
@@ -161,15 +161,15 @@ def _distances(
     try:
         for done, ids in enumerate(windows):
             on_step("comparing", done, len(windows))
-            merged, targets = _logits(model, ids)
+            merged, targets = logits_of(model, ids)
             with ExitStack() as stack:
                 for layer in layers:
                     stack.enter_context(layer.unmerged())
-                adapter, _ = _logits(model, ids)
+                adapter, _ = logits_of(model, ids)
                 with model.disable_adapter():
-                    base, _ = _logits(model, ids)
+                    base, _ = logits_of(model, ids)
             for role, logits in (("adapter", adapter), ("base", base), ("merged model", merged)):
-                _check_answer(role, "logits", logits, f"tokens of piece {done}")
+                check_answer(role, "logits", logits, f"tokens of piece {done}")
             to_base.append(token_distances(adapter, base, targets).kl)
             to_merged.append(token_distances(adapter, merged, targets).kl)
     finally:

@@ -30,7 +30,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, PeftType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 
-from zeropoint.algorithms import get_algorithm
+from zeropoint.algorithms.absorb import absorb
 from zeropoint.checkpoints.floats import Stored, read_headers
 from zeropoint.errors import NonFiniteError, RecipeError, SourceError, StateError
 from zeropoint.flows.stream import local_folder
@@ -67,8 +67,8 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight. Frozen: quantize(dequantize(codes) + scaling * B @ A),
-        the scales searched anew; live: the float weight changes. In place; `unmerge` undoes it.
+        """Add adapters to the base weight: to its codes, by `algorithms.absorb`, or to the float
+        weight of a live layer. In place; `unmerge` undoes it.
 
         safe_merge: raise NonFiniteError, and change nothing, where the sum has NaN or Inf. Raises
         StateError for a weight that another module reads too.
@@ -84,12 +84,17 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
                 "target_modules"
             )
         start = _weight_of(base) if self._unmerged is None else self._unmerged
-        wanted = self._sum(start, [*self.merged_adapters, *names])
-        if safe_merge and not bool(torch.isfinite(wanted).all()):
+        together = [*self.merged_adapters, *names]
+        change = self._change(together)
+        if safe_merge and not bool(torch.isfinite(change).all()):
             raise NonFiniteError(
                 f"merging {', '.join(names)} would give NaN or Inf: the adapter is broken"
             )
-        _set_weight(base, _quantized(wanted, start) if isinstance(start, QTensor) else wanted)
+        if isinstance(start, QTensor):
+            reads = torch.cat([self._reads(name) for name in together])
+            _set_weight(base, absorb(start, change, reads))
+        else:
+            _set_weight(base, start + change)
         self._unmerged = start
         self.merged_adapters.extend(names)
 
@@ -121,16 +126,20 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
     def merged_error(self) -> tuple[float, float]:
         """|scaling B A| / |W|, and |W + scaling B A - Q| / |W + scaling B A|, of a merged layer."""
         assert self._unmerged is not None
-        start, wanted = _float(self._unmerged), self._sum(self._unmerged, self.merged_adapters)
+        start, change = _float(self._unmerged), self._change(self.merged_adapters)
+        wanted = start + change
         error = wanted - _float(_weight_of(self.get_base_layer()))
-        return float((wanted - start).norm() / start.norm()), float(error.norm() / wanted.norm())
+        return float(change.norm() / start.norm()), float(error.norm() / wanted.norm())
 
-    def _sum(self, start: QTensor | Tensor, names: list[str]) -> Tensor:
-        """The float weight with adapters added, (N, K) float32 or wider."""
-        total = _float(start)
-        for name in names:
-            total = total + self.get_delta_weight(name).to(total)
-        return total
+    def _change(self, names: list[str]) -> Tensor:
+        """Sum of scaling * B A, (N, K) float32."""
+        return torch.stack([self.get_delta_weight(name).float() for name in names]).sum(0)
+
+    def _reads(self, name: str) -> Tensor:
+        """The rows that span those of scaling * B A. (r, K)."""
+        linear = name in self.lora_A
+        reads: Tensor = self.lora_A[name].weight if linear else self.lora_embedding_B[name].T
+        return reads
 
     def _has(self, name: str) -> bool:
         return name in self.lora_A or name in self.lora_embedding_A
@@ -189,8 +198,8 @@ class LoraModel(lora.LoraModel):  # type: ignore[misc]
             return new
         if kwargs.pop("parameter_name", None) is not None:
             raise RecipeError(
-                f"target_parameters names the weight of {kwargs['target_name']}, which is codes; "
-                "name the module in target_modules"
+                f"target_parameters names the weight of {kwargs['target_name']}, which is "
+                "quantized; name the module in target_modules"
             )
         return kind(target, adapter_name, config=lora_config, **kwargs)
 
@@ -275,11 +284,6 @@ def _float(weight: QTensor | Tensor) -> Tensor:
     if isinstance(weight, QTensor):
         return weight.dequantize(torch.promote_types(weight.dtype, torch.float32))
     return weight
-
-
-def _quantized(weight: Tensor, like: QTensor) -> QTensor:
-    """The weight on a grid of the same scheme, of least squared error."""
-    return get_algorithm("mse")(weight.to(like.dtype), like.scheme)
 
 
 # --- LoftQ ---
