@@ -62,6 +62,10 @@ RUNS: dict[str, Callable[[Path, Path, Path, Path], tuple[object, ...]]] = {
         *("quantize", llama, "-o", out, "--activations", "int8", "--observer", "minmax"),
         *("--data", words, "--calibration-tokens", 64),
     ),
+    "finetune": lambda llama, int8, words, out: (
+        *("finetune", llama, "-o", out, "--data", words, "--steps", 2, "--window", 16),
+        *("--batch-tokens", 64),
+    ),
     "plan": lambda llama, int8, words, out: ("plan", llama, "--budget", "1GB", "--context", 8),
     "inspect": lambda llama, int8, words, out: ("inspect", int8),
     "inspect --tensor": lambda llama, int8, words, out: (

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import zeropoint as zp
 from tests.models import ARCHITECTURES, build, continuation, outputs
 from tests.models import tokenizer as word_tokenizer
-from zeropoint.errors import CheckpointError, RecipeError, StateError, UnknownNameError
+from zeropoint.errors import CheckpointError, RecipeError, UnknownNameError
 from zeropoint.nn import QEmbedding, QModule
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)

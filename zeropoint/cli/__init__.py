@@ -12,7 +12,17 @@ from typing import Annotated, NoReturn
 import typer
 
 import zeropoint
-from zeropoint.cli import bench, compare, doctor, generate, inspect, plan, quantize, verify
+from zeropoint.cli import (
+    bench,
+    compare,
+    doctor,
+    finetune,
+    generate,
+    inspect,
+    plan,
+    quantize,
+    verify,
+)
 from zeropoint.cli.edge import Verb
 from zeropoint.cli.options import Debug
 
@@ -20,6 +30,7 @@ from zeropoint.cli.options import Debug
 VERBS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "quantize": quantize.quantize,
+    "finetune": finetune.finetune,
     "inspect": inspect.inspect,
     "compare": compare.compare,
     "generate": generate.generate,

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from zeropoint.errors import ZeropointError
+
 
 def _remember_debug(context: typer.Context, value: bool) -> bool:
     if value:
@@ -26,6 +28,13 @@ Model = Annotated[
         help="A folder, a hub id, a .gguf file, or package:NAME.",
         show_default=False,
     ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="The folder to write.", show_default=False),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DIR.")
 ]
 Weights = Annotated[
     str | None,
@@ -77,3 +86,12 @@ Debug = Annotated[
     ),
 ]
 """Acted on by `cli.edge.Verb`; the verbs declare it and need not look at it."""
+
+
+def refuse_json_in(output: Path, json_to: str | None) -> None:
+    """Raises ZeropointError for a `--json` inside the folder that will be a checkpoint."""
+    if json_to is not None and output.resolve() in Path(json_to).resolve().parents:
+        raise ZeropointError(
+            f"--json {json_to} lies in {output}, which will hold the checkpoint and nothing else; "
+            "write it beside"
+        )

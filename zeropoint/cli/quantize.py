@@ -16,12 +16,15 @@ from zeropoint.cli.options import (
     Include,
     Json,
     Model,
+    Output,
+    Overwrite,
     RecipeFile,
     Weights,
+    refuse_json_in,
 )
 from zeropoint.cli.reports import show_report
 from zeropoint.cli.screen import Screen, megabytes, silence_libraries, table
-from zeropoint.errors import RecipeError, ZeropointError
+from zeropoint.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,12 +36,7 @@ if TYPE_CHECKING:
 
 def quantize(
     model: Model,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="The folder to write.", show_default=False
-        ),
-    ],
+    output: Output,
     weights: Weights = None,
     group_size: GroupSize = None,
     symmetric: Annotated[
@@ -128,9 +126,7 @@ def quantize(
             help="Refuse, or only warn, when rules or sizes do not fit the model.",
         ),
     ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint that is in DIR.")
-    ] = False,
+    overwrite: Overwrite = False,
     fresh: Annotated[
         bool,
         typer.Option(
@@ -143,7 +139,7 @@ def quantize(
     """Quantize a model's weights and write a checkpoint."""
     start = time.perf_counter()
     screen = Screen(json_to)
-    _refuse_json_in(output, json_to)
+    refuse_json_in(output, json_to)
     with screen.spinner("starting"):
         from zeropoint.checkpoints import native
         from zeropoint.checkpoints.atomic import check_writable
@@ -342,14 +338,6 @@ def _in_memory(
         total_bytes=size.total_bytes,
         bits_per_weight=size.bits_per_weight,
     )
-
-
-def _refuse_json_in(output: Path, json_to: str | None) -> None:
-    if json_to is not None and output.resolve() in Path(json_to).resolve().parents:
-        raise ZeropointError(
-            f"--json {json_to} lies in {output}, which will hold the checkpoint and nothing else; "
-            "write it beside"
-        )
 
 
 def _calibration(
