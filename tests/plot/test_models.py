@@ -252,6 +252,8 @@ def test_losses_are_drawn_at_their_steps():
     legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert legend == ["training", "held out"]
     assert figure.axes[0].get_ylabel() == "loss (nats per token)"
+    relative = zp.plot.losses([(0, 3.0)], unit="relative squared error")
+    assert relative.axes[0].get_ylabel() == "loss (relative squared error)"
 
 
 def test_a_loss_that_is_not_finite_is_a_gap_that_is_counted():

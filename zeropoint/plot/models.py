@@ -255,12 +255,14 @@ def losses(
     train: Sequence[tuple[int, float]],
     held_out: Sequence[tuple[int, float]] = (),
     *,
+    unit: str = "nats per token",
     ax: Axes | None = None,
 ) -> Figure:
     """A training run: the loss against the step.
 
-    train, held_out: (step, loss) pairs; losses in nats per token. A loss that is NaN or Inf leaves
-    a gap, and the label says how many there are. ax: where to draw, a new figure otherwise.
+    train, held_out: (step, loss) pairs, as a TrainingReport has them. unit: of the losses. A loss
+    that is NaN or Inf leaves a gap, and the label says how many there are. ax: where to draw, a new
+    figure otherwise.
     Raises PlotError (nothing to draw, matplotlib is missing).
     """
     if not train:
@@ -283,6 +285,6 @@ def losses(
             linewidth=1.3,
             label=f"{label} ({broken} not finite)" if broken else label,
         )
-    tidy(ax, "Loss while training", "step", "loss (nats per token)", grid="y")
+    tidy(ax, "Loss while training", "step", f"loss ({unit})", grid="y")
     ax.legend(frameon=False)
     return figure_of(ax)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MAX_WIDTH = 16  # inches; wider heat maps stand below each other
 MAX_NUMBERED = 16  # rows and columns of a heat map with its numbers in the cells
 INSIDE_COLORS = 0.999  # share of a large heat map's values that have a color of their own
 MAX_LINES = 8  # blocks of a number line
@@ -68,8 +69,10 @@ def tensor(weight: QTensor, *, original: Tensor | None = None) -> Figure:
     height = max(1.2, 0.45 * n) if small else min(max(n / k, 0.4), 1.5) * width
     scales = _written_scales(weight) if small and has_codes else []
     beside = max((len(line) for line in scales[1:]), default=0) * 0.07
-    figure = new_figure(panels * (width + 0.2 + 0.6 * (not small)) + beside, height + 1.1)
-    axes = iter(figure.subplots(1, panels, squeeze=False)[0])
+    width, height = width + 0.2 + 0.6 * (not small), height + 0.6
+    columns = panels if panels * width < MAX_WIDTH else 1
+    figure = new_figure(columns * width + beside, panels // columns * height + 0.5)
+    axes = iter(figure.subplots(panels // columns, columns, squeeze=False).flatten())
     limit = max(_limit(t, small) for t in (real, before) if t is not None)
     if before is not None:
         _heat_map(next(axes), before, "original", "RdBu_r", limit)
