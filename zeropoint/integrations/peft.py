@@ -198,8 +198,8 @@ class LoraModel(lora.LoraModel):  # type: ignore[misc]
             return new
         if kwargs.pop("parameter_name", None) is not None:
             raise RecipeError(
-                f"target_parameters names the weight of {kwargs['target_name']}, which is "
-                "quantized; name the module in target_modules"
+                f"target_parameters names {kwargs['target_name']}, which is quantized; name the "
+                "module in target_modules"
             )
         return kind(target, adapter_name, config=lora_config, **kwargs)
 
@@ -270,14 +270,15 @@ def _weight_of(base: QModule) -> QTensor | Tensor:
 
 
 def _set_weight(base: QModule, weight: QTensor | Tensor) -> None:
-    """In place."""
+    """In place. The weight may come from another device: the model may have moved meanwhile."""
     if isinstance(weight, QTensor):
-        base._buffers.update({PART_NAMES[suffix]: part for suffix, part in weight.parts.items()})
+        parts = weight.to(base.qweight.device).parts
+        base._buffers.update({PART_NAMES[suffix]: part for suffix, part in parts.items()})
         base.loaded()
     else:
         parameter = base._parameters["weight"]
         assert parameter is not None
-        parameter.data = base.from_layout(weight).to(parameter.dtype)
+        parameter.data = base.from_layout(weight).contiguous().to(parameter)
 
 
 def _float(weight: QTensor | Tensor) -> Tensor:
