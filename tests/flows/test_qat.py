@@ -83,7 +83,7 @@ def test_the_model_comes_nearer_to_its_teacher(options, rate):
     assert [step for step, _ in report.losses] == list(range(1, 17))
     assert [step for step, _ in report.held_out] == [0, 4, 8, 12, 16]
     assert report.tokens == 640 and report.source == "token ids"
-    assert f"held-out loss {before:.4f} -> {after:.4f}" in str(report)
+    assert f"held-out loss {before:.4g} -> {after:.4g}" in str(report)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     # The teacher was a copy: the same as the model it came from.
     ids = {"input_ids": tokens()[:32].view(2, 16)}

@@ -278,7 +278,7 @@ def _train(run: _Run, store: _Store | None, on_step: OnStep) -> None:
 
 
 def _step(run: _Run, on_step: OnStep) -> None:
-    last = f"training, loss {run.losses[-1][1]:.4f}" if run.losses else "training"
+    last = f"training, loss {run.losses[-1][1]:.4g}" if run.losses else "training"
     on_step(last, run.step, run.options.steps)
     loss = _loss(run, _batch(run))
     value = float(loss.detach())

@@ -171,7 +171,7 @@ class TrainingReport:
         if self.held_out:
             best = dict(self.held_out)[self.best_step]
             lines.append(
-                f"  held-out loss {self.held_out[0][1]:.4f} -> {best:.4f} after "
+                f"  held-out loss {self.held_out[0][1]:.4g} -> {best:.4g} after "
                 f"{self.best_step} steps"
             )
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
