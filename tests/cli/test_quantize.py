@@ -9,6 +9,7 @@ import pytest
 
 import zeropoint as zp
 from cli.conftest import Cli
+from tests.models import build
 from zeropoint.model import load as load_module
 
 MINIMUM = {
@@ -344,3 +345,18 @@ def test_the_ways_of_bitsandbytes_reach_the_library(cli: Cli, llama: Path, tmp_p
     assert "int8 per channel, int8 activations below 6" in schemes
     model, _ = zp.load(tmp_path / "llm")
     assert model.model.layers[0].mlp.up_proj.scheme.outlier_threshold == 6.0
+
+
+def test_what_cannot_be_streamed_is_said(cli: Cli, tmp_path: Path) -> None:
+    build("t5").bfloat16().save_pretrained(tmp_path / "t5")
+    ran = cli("quantize", tmp_path / "t5", "-o", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert "warning: the quantized model is held in memory until it is written: " in ran.err
+    assert zp.verify(tmp_path / "out") == []
+
+
+def test_there_is_nothing_to_start_over_where_nothing_is_kept(
+    cli: Cli, llama: Path, tmp_path: Path
+) -> None:
+    ran = cli("quantize", llama, "-o", tmp_path / "out", "--algorithm", "gptq", "--fresh")
+    assert ran.code == 2 and "runs with calibration or another --dtype leave nothing" in ran.err

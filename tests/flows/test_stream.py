@@ -374,6 +374,13 @@ def test_what_can_only_be_read_as_a_whole_says_so(tmp_path):
         zp.compress(tmp_path / "m.gguf", tmp_path / "out")
 
 
+def test_what_is_quantized_already_is_refused(folder, tmp_path):
+    zp.compress(folder, tmp_path / "int8")
+    with pytest.raises(SourceError, match="is quantized already; give the float model") as refusal:
+        zp.compress(tmp_path / "int8", tmp_path / "out")
+    assert not isinstance(refusal.value, StreamError), "loading it as a whole would not help"
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [

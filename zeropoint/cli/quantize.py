@@ -193,7 +193,13 @@ def quantize(
         "recipe": rules,
         "strict": strict,
     }
-    if texts is None and rest is None:
+    streams = texts is None and rest is None
+    if fresh and not streams:
+        raise RecipeError(
+            "--fresh starts over what an interrupted run left, and runs with calibration or "
+            "another --dtype leave nothing; leave it out"
+        )
+    if streams:
         done = _streamed(screen, model, output, how, algorithm, overwrite=overwrite, fresh=fresh)
     else:
         done = _in_memory(
@@ -276,7 +282,8 @@ def _streamed(
     except KeyboardInterrupt:
         screen.warn("what is done is kept; the same command goes on with it")
         raise
-    except StreamError:
+    except StreamError as e:
+        screen.warn(f"the quantized model is held in memory until it is written: {e}")
         with screen.spinner(f"loading {model}"):
             report = zp.plan(model, **{k: v for k, v in how.items() if k != "strict"}).report
             loaded, tokenizer = zp.load(model, **how, algorithm=algorithm)

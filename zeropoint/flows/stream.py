@@ -138,7 +138,10 @@ class Job:
 
 
 def local_folder(found: Source) -> Path:
-    """The folder of a float checkpoint, downloaded if it is on the hub. Raises SourceError."""
+    """The folder of a float checkpoint, downloaded if it is on the hub.
+
+    Raises SourceError; StreamError for a .gguf file.
+    """
     if found.kind == "hub":
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
@@ -148,10 +151,11 @@ def local_folder(found: Source) -> Path:
             return Path(snapshot_download(found.location, ignore_patterns=skipped))
         except (OSError, ValueError, HfHubHTTPError) as e:
             raise SourceError(f"{found.location!r} cannot be downloaded: {e}") from e
-    if found.kind != "directory":
-        what = "is quantized already" if found.kind == "native" else "is a .gguf file"
+    if found.kind == "native":
+        raise SourceError(f"{found.location} is quantized already; give the float model")
+    if found.kind == "gguf":
         raise StreamError(
-            f"{found.location} {what}; a folder of safetensors with float weights is needed"
+            f"{found.location} is a .gguf file; a folder of float safetensors is needed"
         )
     return Path(found.location)
 
