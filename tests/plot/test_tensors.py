@@ -92,6 +92,16 @@ def test_a_large_weight_has_colour_bars_and_one_outlier_does_not_take_all_colour
     assert maps[0].get_xlabel() == "64 x 96"
 
 
+@pytest.mark.parametrize(("columns", "stacked"), [(3, False), (16, True)])
+def test_wide_heat_maps_stand_below_each_other(columns, stacked):
+    weight = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    figure = zp.plot.tensor(rtn(weight, Scheme.of("int8")), original=weight)
+    figure.draw_without_rendering()
+    tops = [ax.get_position().y1 for ax in figure.axes]
+    assert (tops[0] > tops[1] > tops[2] > tops[3]) == stacked
+    assert len(set(tops)) == (4 if stacked else 1)
+
+
 def test_a_weight_that_loses_nothing_has_an_error_of_zero():
     weight = torch.ones(2, 2)
     error = zp.plot.tensor(rtn(weight, Scheme.of("int8")), original=weight).axes[-1]

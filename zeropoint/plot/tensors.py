@@ -66,7 +66,7 @@ def tensor(weight: QTensor, *, original: Tensor | None = None) -> Figure:
 
     small = max(n, k) <= MAX_NUMBERED
     width = max(1.9, 0.55 * k) if small else 3.0
-    height = max(1.2, 0.45 * n) if small else min(max(n / k, 0.4), 1.5) * width
+    height = max(0.8, 0.45 * n) if small else min(max(n / k, 0.4), 1.5) * width
     scales = _written_scales(weight) if small and has_codes else []
     beside = max((len(line) for line in scales[1:]), default=0) * 0.07
     width, height = width + 0.2 + 0.6 * (not small), height + 0.6
