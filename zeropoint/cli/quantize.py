@@ -181,7 +181,7 @@ def quantize(
             rest = scheme.fmt.dtype  # a downcast model computes in its own dtype
 
     how = {
-        "weights": weights,
+        "weights": weights or ("int8" if rules is None else None),
         "group_size": group_size,
         "symmetric": symmetric,
         "double_quant": double_quant,
