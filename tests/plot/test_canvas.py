@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import zeropoint as zp
 from zeropoint.algorithms.rtn import rtn
-from zeropoint.errors import PlotError
+from zeropoint.errors import NonFiniteError, PlotError
 
 DRAWN_ON = {
     "histogram": lambda ax: zp.plot.histogram(torch.randn(4, 32), "int4", ax=ax),
@@ -61,3 +61,15 @@ def test_without_matplotlib_the_error_says_what_to_install():
 def test_a_tensor_without_values_is_refused():
     with pytest.raises(PlotError, match=r"\(4, 32\) on the meta device has no values"):
         zp.plot.histogram(torch.empty(4, 32, device="meta"), "int8")
+
+
+def test_values_that_are_not_finite_are_refused():
+    values = torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]])
+    weight = rtn(torch.ones(2, 2), zp.Scheme.of("int8"))
+    for draw in (
+        lambda: zp.plot.tensor(weight, original=values),
+        lambda: zp.plot.number_line(values, weight),
+        lambda: zp.plot.histogram(values, "int8"),
+    ):
+        with pytest.raises(NonFiniteError, match="1 NaN and 1 Inf among 4 values"):
+            draw()

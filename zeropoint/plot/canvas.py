@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from zeropoint.errors import PlotError
+from zeropoint.numerics import check_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,10 +86,12 @@ def legend_above(ax: Axes) -> None:
 
 
 def numbers(values: Tensor) -> Tensor:
-    """As float64 on the CPU, without gradient. Raises PlotError on the meta device."""
+    """As float64 on the CPU, without gradient. Raises PlotError (meta device), NonFiniteError."""
     if values.device.type == "meta":
         raise PlotError(
             f"a tensor of shape {tuple(values.shape)} on the meta device has no values to draw; "
             "load the weights first"
         )
-    return values.detach().cpu().double()
+    values = values.detach().cpu().double()
+    check_finite(values)
+    return values

@@ -48,7 +48,7 @@ def tensor(weight: QTensor, *, original: Tensor | None = None) -> Figure:
     weight: of shape (N, K), or any, drawn as N rows. original: the float weight of that shape;
     without it only codes and dequantized values are drawn. Up to 16 x 16 the numbers are in the
     cells, lines enclose the values that share a scale, and the scale is written beside them.
-    Raises PlotError (shapes differ, nothing to draw, matplotlib is missing).
+    Raises PlotError (shapes differ, nothing to draw, matplotlib is missing), NonFiniteError.
     """
     if original is not None and original.shape != weight.shape:
         raise PlotError(
@@ -85,8 +85,7 @@ def tensor(weight: QTensor, *, original: Tensor | None = None) -> Figure:
     if before is not None:
         error, ax = real - before, next(axes)
         _heat_map(ax, error, "error", "PuOr_r", _limit(error, small))
-        most = quantization_error(before, real).max
-        ax.set_xlabel(f"{ax.get_xlabel()}at most {most:.3g}", fontsize=SMALL)
+        ax.set_xlabel(f"at most {quantization_error(before, real).max:.3g}", fontsize=SMALL)
     figure.suptitle(str(weight.scheme), x=0.01, ha="left", fontsize=11)
     return figure
 
@@ -110,15 +109,15 @@ def _heat_map(
     image = ax.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
     ax.set_title(title, fontsize=10)
     if max(n, k) > MAX_NUMBERED:
-        ax.set_xlabel("" if title == "error" else f"{n:,} x {k:,}", fontsize=SMALL)
+        ax.set_xlabel(f"{n:,} x {k:,}", fontsize=SMALL)
         ax.tick_params(labelsize=SMALL)
         bar = figure_of(ax).colorbar(image, ax=ax, extend="neither" if limit is None else "both")
         bar.ax.tick_params(labelsize=SMALL)
         return
     ax.set_xticks([])
     ax.set_yticks([])
-    largest = max(float(values.abs().max()), 1e-30)
-    decimals = 2 - math.floor(math.log10(largest))  # three digits of the largest
+    largest = float(values.abs().max())
+    decimals = 2 - math.floor(math.log10(largest)) if largest else 0  # three digits of the largest
     for row, line in enumerate(values.tolist()):
         for column, value in enumerate(line):
             red, green, blue, _ = image.cmap(image.norm(value))
@@ -172,7 +171,7 @@ def number_line(values: Tensor, weight: QTensor, *, ax: Axes | None = None) -> F
     values: float, of the shape of `weight`, which they were quantized to. The numbers under a line
     are codes. ax: where to draw, a new figure otherwise.
     Raises PlotError (shapes differ, more than 8 blocks or 64 values in one, a downcast, which has
-    no grid, matplotlib is missing).
+    no grid, matplotlib is missing), NonFiniteError.
     """
     if values.shape != weight.shape:
         raise PlotError(
