@@ -22,9 +22,13 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 240  # seconds a cell
 nb_merge_streams = True
 
-# Kernels are processes of their own: what they need to know goes by way of the environment.
-os.environ |= {
+_KERNEL_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm misses ipywidgets
 }
+
+
+def setup(app: object) -> None:
+    """Called by Sphinx. Kernels are processes of their own, and inherit the environment."""
+    os.environ |= _KERNEL_ENVIRONMENT
