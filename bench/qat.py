@@ -43,11 +43,11 @@ class Case:
 CASES = {
     "int3": Case(
         {"weights": "int3", "group_size": 64, "learned_scale": True},
-        {"steps": 150, "learning_rate": 1e-4},
+        {"steps": 80, "learning_rate": 1e-4},
     ),
     "int4-scales": Case(
         {"weights": "int4", "group_size": 64, "learned_scale": True},
-        {"steps": 60, "parameters": "scales", "scale_learning_rate": 1e-2},
+        {"steps": 40, "parameters": "scales", "scale_learning_rate": 1e-2},
     ),
 }
 
