@@ -36,7 +36,7 @@ from zeropoint.nn import PART_NAMES, QModule
 FILE = RESULTS / "qlora.jsonl"
 RANK, ALPHA, LEARNING_RATE = 16, 32, 1e-3
 BATCH, LENGTH = 4, 64
-TEXT = 512  # tokens of the test for KL
+TEXT = 2048  # tokens to merge by, half of them to measure KL on
 IGNORED = -100  # a token that has no part in the loss, as transformers counts
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
@@ -186,8 +186,9 @@ def run(arguments: argparse.Namespace, weights: str, folder: str) -> dict[str, A
         line["rounded"] = measure(model, test)
     progress(f"{weights}: rounded {line['rounded']}")
     start = time.perf_counter()
-    text = tokenizer.decode(test.input_ids[test.attention_mask.bool()])
-    report = zp.merge_adapter(model, text, tokenizer=tokenizer, tokens=TEXT)
+    more = examples(tokenizer, TEXT // 32, seed=3, test=False)
+    text = tokenizer.decode(more.input_ids[more.attention_mask.bool()])
+    report = zp.merge_adapter(model, text, tokenizer=tokenizer, tokens=TEXT, window=256)
     line["merge_seconds"] = time.perf_counter() - start
     line |= {"kl_tokens": report.tokens, "kl_adapter_base": report.adapter_kl}
     line["kl_adapter_merged"] = report.merge_kl

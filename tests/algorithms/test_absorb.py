@@ -59,6 +59,31 @@ def test_what_the_change_does_survives(format):
         assert along_rounded > 0.9 * change.norm()
 
 
+@pytest.mark.parametrize("format", GRIDS)
+def test_with_the_moment_of_the_inputs_the_output_keeps_the_change(format):
+    scheme = Scheme.of(format)
+    weight, change, reads = problem(scheme, 0.01)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(400, 6, generator=generator) @ torch.randn(6, K, generator=generator)
+    x = x + 0.05 * torch.randn(400, K, generator=generator)
+    seen, other = x[:200], x[200:]
+
+    def lost(new):
+        """Of what the change does to inputs that were not seen."""
+        return float((other @ error_of(weight, change, new).T).norm() / (other @ change.T).norm())
+
+    knowing = lost(absorb(weight, change, reads, seen.T @ seen))
+    rounded = rtn(weight.dequantize(torch.float32) + change, scheme)
+    assert knowing < min(lost(absorb(weight, change, reads)), lost(rounded))
+    assert scheme.fmt.bits < 4 or knowing < 0.9
+
+
+def test_inputs_that_were_all_zero_say_nothing():
+    weight, change, reads = problem(Scheme.of("int4"), 0.02)
+    without = absorb(weight, change, reads)
+    assert torch.equal(absorb(weight, change, reads, torch.zeros(K, K)).packed, without.packed)
+
+
 @pytest.mark.parametrize("share", [1.0, 30.0])
 @pytest.mark.parametrize("format", GRIDS)
 def test_a_change_larger_than_the_weight_gets_a_grid_of_its_own(format, share):

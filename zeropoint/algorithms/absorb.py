@@ -1,15 +1,15 @@
 """Taking a low-rank change into codes, so that the codes do what the change does.
 
-minimise over codes:  |E|^2 + PULL |E V|^2,  E = W + D - Q
+minimise over codes:  tr(E H E^T),  E = W + D - Q
 
-W: the weight as its codes say. D = B A: the change. V: an orthonormal basis of the rows of A, the
-only directions of the input that D reads. Q: the new weight.
+W: the weight as its codes say. D = B A: the change. Q: the new weight. H: the second moment of the
+inputs, or without data I + PULL V V^T, where V is an orthonormal basis of the rows of A, the only
+directions of the input that D reads.
 
 Changes by fine-tuning are small beside the step of the grid. Rounding W + D to the nearest code, on
-this grid or one that fits better, gives W again: E is D, all that was learned. So codes are chosen
-as if calibrated on inputs of second moment I + PULL V V^T: along V, errors of one column are made
-up for by the next ones (`gptq.feedback`, `gptq.descend`), and what is left of E is spread over all
-other directions. No data is needed.
+this grid or one that fits better, gives W again: E is D, all that was learned. With H errors of one
+column are made up for by the next ones (`gptq.feedback`, `gptq.descend`), so that what the change
+does to the output stays, and what is left of E lies where inputs are small.
 
 Grids stay, but where a block's range has grown so much that a new one is nearer.
 """
@@ -26,13 +26,15 @@ from zeropoint.algorithms.rtn import rtn
 from zeropoint.numerics import Grid, Quantized, blocked, check_image, grid_codes, grid_values
 from zeropoint.qtensor import QTensor
 
-PULL = 300.0  # how much more an error along V counts; docs/adapters.md has the measurement
+PULL = 300.0  # how much more an error along V counts without data
+DAMPING = 0.1  # of mean(diag H): errors that the inputs seen do not show count so much
 
 
-def absorb(weight: QTensor, change: Tensor, reads: Tensor) -> QTensor:
+def absorb(weight: QTensor, change: Tensor, reads: Tensor, moment: Tensor | None = None) -> QTensor:
     """Codes of the same scheme for weight + change. weight: (N, K); change: (N, K) float.
 
-    reads: (r, K) float, whose rows span those of `change`. A change of zero gives the same codes.
+    reads: (r, K) float, whose rows span those of `change`. moment: (K, K) float, sum or mean of
+    x x^T over inputs, any scale. A change of zero gives the same codes.
     Raises NonFiniteError, ScaleRangeError.
     """
     scheme = replace(weight.scheme, double_quant=False)
@@ -43,9 +45,7 @@ def absorb(weight: QTensor, change: Tensor, reads: Tensor) -> QTensor:
     if scheme.fmt.kind == "downcast":
         return start
     grid = _grid(weight, wanted, start)
-    basis = torch.linalg.qr(reads.to(torch.float64).T).Q
-    hessian = PULL * basis @ basis.T
-    hessian.diagonal().add_(1.0)
+    hessian = _hessian(reads, moment)
     order = torch.arange(len(hessian), device=wanted.device)
     factors = ldl(hessian, (0.0,))
     assert factors is not None
@@ -58,6 +58,18 @@ def absorb(weight: QTensor, change: Tensor, reads: Tensor) -> QTensor:
     if weight.scheme.double_quant:
         return replace(new, scheme=weight.scheme, scale=weight.scale)
     return new
+
+
+def _hessian(reads: Tensor, moment: Tensor | None) -> Tensor:
+    """Which errors count how much. (K, K) float64, positive definite."""
+    if moment is not None and bool((moment.diagonal() > 0).any()):
+        hessian = moment.to(torch.float64) / moment.diagonal().mean()
+        hessian.diagonal().add_(DAMPING)
+        return hessian
+    basis: Tensor = torch.linalg.qr(reads.to(torch.float64).T).Q
+    hessian = PULL * basis @ basis.T
+    hessian.diagonal().add_(1.0)
+    return hessian
 
 
 def _grid(weight: QTensor, wanted: Tensor, start: QTensor) -> Grid:

@@ -19,7 +19,8 @@ from zeropoint.evaluate.compare import check_answer, kind_of, logits_of
 from zeropoint.evaluate.statistics import token_distances
 from zeropoint.progress import OnStep, no_progress
 
-SHORTEST = 2  # tokens of a text: one prediction
+SHORTEST = 2  # tokens of a window: one prediction
+MOMENT_BYTES = 1 << 30  # of second moments at a time; more layers than that take several passes
 
 
 @runtime_checkable
@@ -28,6 +29,8 @@ class Mergeable(Protocol):
 
     merged_adapters: list[str]
 
+    def merge(self, safe_merge: bool = False) -> None: ...
+    def watching(self) -> AbstractContextManager[None]: ...
     def merged_error(self) -> tuple[float, float]: ...
     def unmerged(self) -> AbstractContextManager[None]: ...
 
@@ -85,11 +88,12 @@ def merge_adapter(
     In place; then `model.unload()` returns the merged model without peft's layers, and
     `model.unmerge_adapter()` takes the merge back, bit for bit.
 
-    text: of the kind that the adapter was trained for, whole or in pieces; at most so many of its
-    first tokens are read, in windows of `window` that do not overlap. Without a text only weights
-    are compared. Raises StateError (no adapter on a quantized layer, or merged already; a weight
-    that is shared), SourceError (no tokenizer, not a language model), TextError (too short),
-    NonFiniteError (a broken adapter). The model is unchanged when it raises.
+    text: of the kind that the adapter was trained for, whole or in pieces, which makes the merge
+    much better: every second window calibrates it, the others measure. At most so many of its first
+    `tokens` are read, in windows of at most `window` that do not overlap. Without a text the inputs
+    are unknown, and only weights are compared. Raises StateError (no adapter on a quantized layer,
+    or merged already; a weight that is shared), SourceError (no tokenizer, not a language model),
+    TextError (too short), NonFiniteError (a broken adapter). The model is unchanged when it raises.
     """
     layers: dict[str, Any] = {
         name: module for name, module in model.named_modules() if isinstance(module, Mergeable)
@@ -103,13 +107,17 @@ def merge_adapter(
     if merged is not None:
         raise StateError(f"{merged} is merged already; call model.unmerge_adapter() first")
     windows = [] if text is None else _windows(model, text, tokenizer, tokens, window)
-    tuner: Any = model
+    calibration, measured = windows[::2], windows[1::2]
     try:
-        tuner.merge_adapter(safe_merge=True)
+        for part in _parts(list(layers.values())):
+            _merge(model, part, calibration, on_step)
+        for module in model.modules():  # and adapters on float layers
+            if getattr(module, "merged_adapters", None) == []:
+                module.merge(safe_merge=True)  # type: ignore[operator]
         layers = {name: layer for name, layer in layers.items() if layer.merged_adapters}
         names = dict.fromkeys(n for layer in layers.values() for n in layer.merged_adapters)
         errors = {name: layer.merged_error() for name, layer in layers.items()}
-        kl = _distances(tuner, list(layers.values()), windows, on_step) if windows else None
+        kl = _distances(model, list(layers.values()), measured, on_step) if measured else None
     except BaseException:
         for module in model.modules():
             if getattr(module, "merged_adapters", None):
@@ -118,7 +126,7 @@ def merge_adapter(
     return MergeReport(
         adapters=tuple(names),
         layers=tuple(MergedLayer(name=n, change=c, error=e) for n, (c, e) in errors.items()),
-        tokens=sum(len(ids) - 1 for ids in windows),
+        tokens=sum(len(ids) - 1 for ids in measured),
         adapter_kl=None if kl is None else float(kl[0].mean()),
         merge_kl=None if kl is None else float(kl[1].mean()),
     )
@@ -143,11 +151,47 @@ def _windows(
         ids = encoded.input_ids[0][:left]
         left -= len(ids)
         windows += [part for part in ids.split(window) if len(part) >= SHORTEST]
-    if not windows:
+    if len(windows) == 1:
+        windows = list(windows[0].tensor_split(2))
+    if not windows or len(windows[-1]) < SHORTEST:
         raise TextError(
-            f"no piece of the text has {SHORTEST} tokens or more (tokens={tokens}, window={window})"
+            f"the text is too short: no two windows of {SHORTEST} tokens (tokens={tokens}, "
+            f"window={window})"
         )
     return windows
+
+
+def _parts(layers: list[Any]) -> list[list[Any]]:
+    """The layers in order, so many at a time that their moments fit `MOMENT_BYTES`."""
+    parts: list[list[Any]] = [[]]
+    held = 0
+    for layer in layers:
+        needed = 4 * layer.in_features**2 if layer.lora_A else 0
+        if parts[-1] and held + needed > MOMENT_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(layer)
+        held += needed
+    return parts
+
+
+@torch.no_grad()
+def _merge(
+    model: Any, layers: Sequence[Mergeable], windows: Sequence[Tensor], on_step: OnStep
+) -> None:
+    """Merge some layers by the inputs they get while those before them are merged. In place."""
+    training = model.training
+    model.eval()
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.watching())
+        for ids in windows:
+            logits_of(model, ids)
+        model.train(training)
+        for done, layer in enumerate(layers):
+            on_step("merging", done, len(layers))
+            layer.merge(safe_merge=True)
+    on_step("merging", len(layers), len(layers))
 
 
 @torch.no_grad()

@@ -60,6 +60,7 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
 
     _unmerged: QTensor | Tensor | None = None  # the base weight, while adapters are merged into it
     _sharing: tuple[str, ...] = ()  # other modules that read the base weight
+    _moment: Tensor | None = None  # sum of x x^T over the inputs seen by `watching`
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, **kwargs: Any) -> None:
         _check_config(kwargs["config"])
@@ -92,7 +93,7 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
             )
         if isinstance(start, QTensor):
             reads = torch.cat([self._reads(name) for name in together])
-            _set_weight(base, absorb(start, change, reads))
+            _set_weight(base, absorb(start, change, reads, self._moment))
         else:
             _set_weight(base, start + change)
         self._unmerged = start
@@ -106,6 +107,25 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
         _set_weight(self.get_base_layer(), self._unmerged)
         self._unmerged = None
         self.merged_adapters.clear()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, keep the second moment of the inputs, (K, K), which merging then goes by; forget
+        it after. An embedding's inputs have none.
+        """
+
+        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            if x.is_floating_point():
+                x = x.reshape(-1, x.shape[-1]).float()
+                self._moment = x.T @ x if self._moment is None else self._moment.addmm_(x.T, x)
+
+        hook = self.register_forward_pre_hook(see)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._moment = None
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:
@@ -123,6 +143,7 @@ class _Adapted(lora.LoraLayer):  # type: ignore[misc]
             self._unmerged = start
             self.merged_adapters.extend(names)
 
+    @torch.no_grad()
     def merged_error(self) -> tuple[float, float]:
         """|scaling B A| / |W|, and |W + scaling B A - Q| / |W + scaling B A|, of a merged layer."""
         assert self._unmerged is not None
