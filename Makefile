@@ -17,8 +17,9 @@ export ZEROPOINT_REQUIRE_NATIVE := $(shell command -v $(CXX) >/dev/null && echo 
 demo: $(LIBRARY)
 	$(BIN)/python examples/demo.py
 
+# A test's tensors are small: two processes of one thread take half the time of one with two.
 test: $(LIBRARY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
