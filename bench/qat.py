@@ -3,11 +3,11 @@
     python bench/qat.py REFERENCE [--cases int3,int4-scales] [--steps N]
 
 REFERENCE is a full-precision language model. Each case is rounded to nearest, then trained
-(`zp.finetune`: distillation from the float model) on the calibration half of Python's own reference,
-frozen, saved, and loaded again; the loss is measured on the first windows of the other half, before,
-after, and of what was loaded, which must give the same figure. One JSON line for each case is
-appended to bench/results/qat.jsonl. Fails where training wins back less than half of what rounding
-costs, takes longer than 30 minutes, or the loaded model differs.
+(`zp.finetune`: distillation from the float model) on the calibration half of Python's own
+reference, frozen, saved, and loaded again; the loss is measured on the first windows of the other
+half, before, after, and of what was loaded, which must give the same figure. One JSON line for each
+case is appended to bench/results/qat.jsonl. Fails where training wins back less than half of what
+rounding costs, takes longer than 30 minutes, or the loaded model differs.
 """
 
 from __future__ import annotations
