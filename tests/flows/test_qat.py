@@ -11,7 +11,7 @@ import torch
 
 import zeropoint as zp
 from tests.helpers import in_child
-from tests.models import bert, build, llama, tokenizer
+from tests.models import ARCHITECTURES, bert, build, example_inputs, llama, outputs, tokenizer
 from zeropoint.checkpoints import training as files
 from zeropoint.errors import (
     CheckpointError,
@@ -90,6 +90,19 @@ def test_the_model_comes_nearer_to_its_teacher(options, rate):
     found = qat.distance(model(**ids), original(**ids), ids)
     rounded = qat.distance(live(copy.deepcopy(original), **options)(**ids), original(**ids), ids)
     assert found < rounded
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_learns(name):
+    model = build(name)
+    zp.quantize(model, "int3", group_size=16, learned_scale=True, strict=False)
+    batches = [example_inputs(model) for _ in range(4)]
+    training = zp.Training(steps=3, learning_rate=1e-4, held_out=0.3, check_every=1)
+    report = zp.finetune(model, batches, training=training)
+    assert dict(report.held_out)[report.best_step] < report.held_out[0][1]
+    before = outputs(model)
+    zp.freeze(model)
+    assert torch.allclose(outputs(model), before, rtol=0, atol=1e-5 * before.abs().max().item())
 
 
 def test_freezing_and_saving_keep_what_was_learned(tmp_path):
