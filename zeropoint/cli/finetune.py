@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zeropoint.cli.options import (
+    Activations,
     Debug,
     Exclude,
     GroupSize,
@@ -43,14 +44,7 @@ def finetune(
     ],
     weights: Weights = None,
     group_size: GroupSize = None,
-    activations: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="int8, float8_e4m3fn ...: round the inputs of linear layers too.",
-            show_default="float",
-        ),
-    ] = None,
+    activations: Activations = None,
     include: Include = None,
     exclude: Exclude = None,
     recipe: RecipeFile = None,

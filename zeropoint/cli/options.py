@@ -48,6 +48,14 @@ GroupSize = Annotated[
         show_default="the format's own",
     ),
 ]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="int8, float8_e4m3fn ...: round the inputs of linear layers too, one scale per token.",
+        show_default="float",
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(

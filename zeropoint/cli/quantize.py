@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zeropoint.cli.options import (
+    Activations,
     Debug,
     Exclude,
     GroupSize,
@@ -51,15 +52,7 @@ def quantize(
         bool | None,
         typer.Option("--double-quant", help="Scales of groups in 8 bits.", show_default=False),
     ] = None,
-    activations: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="int8, float8_e4m3fn ...: round the inputs of linear layers too, "
-            "one scale per token.",
-            show_default="float",
-        ),
-    ] = None,
+    activations: Activations = None,
     outlier_threshold: Annotated[
         float | None,
         typer.Option(
