@@ -75,14 +75,14 @@ def test_interrupted_it_goes_on(cli, llama, words, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(qat, "_step", step)
         ran = cli(*command)
-    assert ran.code == 130 and "the same command goes on with it" in ran.err
+    assert ran.code == 130 and "the same command goes on from there" in ran.err
     assert not (tmp_path / "out").exists() and (tmp_path / "out.training").is_dir()
     ran = cli(*command, "--steps", 5)
     assert ran.code == 2 and "unfinished run with another training" in ran.err
     done = []
     monkeypatch.setattr(qat, "_step", lambda run, say: (done.append(run.step), steps(run, say)))
     ran = cli(*command)
-    assert ran.code == 0 and done == [3] and not (tmp_path / "out.training").exists()
+    assert ran.code == 0 and done == [2, 3] and not (tmp_path / "out.training").exists()
     assert len(ran.json["training"]["losses"]) == 4
 
 

@@ -80,7 +80,7 @@ def finetune(
     ] = None,
     save_every: Annotated[
         int, typer.Option(metavar="N", help="Steps between two saved states.")
-    ] = 50,
+    ] = 20,
     seed: Annotated[int, typer.Option(metavar="N", help="Draws and orders the text.")] = 0,
     picture: Annotated[
         Path | None,
@@ -150,7 +150,7 @@ def finetune(
                 on_step=on_step,
             )
     except KeyboardInterrupt:
-        screen.warn(f"what is done is kept in {folder}; the same command goes on with it")
+        screen.warn(f"what was saved is kept in {folder}; the same command goes on from there")
         raise
     zp.freeze(loaded)
     loaded.to(dtype)

@@ -205,14 +205,19 @@ def calibration_table(model: nn.Module) -> CalibrationTable:
 
     Raises StateError when it has none.
     """
-    modules = quantized_modules(model).items()
-    rows = [_row(n, m) for n, m in modules if isinstance(m, QLinear) and m.input_scale is not None]
+    rows = [_row(name, layer) for name, layer in layers_with_ranges(model).items()]
     if not rows:
         raise StateError(
             "no layer of the model has a static range; run it on calibration data inside "
             "`with zp.calibrate(model):`"
         )
     return CalibrationTable(rows=tuple(rows))
+
+
+def layers_with_ranges(model: nn.Module) -> dict[str, QLinear]:
+    """The layers whose inputs have a static range, by name."""
+    modules = quantized_modules(model).items()
+    return {n: m for n, m in modules if isinstance(m, QLinear) and m.input_scale is not None}
 
 
 def _row(name: str, layer: QLinear) -> CalibratedLayer:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from zeropoint.checkpoints.journal import check_identity
+from zeropoint.checkpoints.shard import as_bytes
 from zeropoint.checkpoints.training import make_folder, read_state, write_state
 from zeropoint.errors import NonFiniteError, RecipeError, StateError
-from zeropoint.flows.activations import calibrate
+from zeropoint.flows.activations import calibrate, layers_with_ranges
 from zeropoint.flows.data import Calibration, Data, prepare
 from zeropoint.flows.distance import distance
 from zeropoint.flows.ptq import dequantize
@@ -69,7 +70,7 @@ class Training:
     patience: int | None = None
     observer: str | None = None
     observer_steps: int = 20
-    save_every: int = 50
+    save_every: int = 20
 
     def __post_init__(self) -> None:
         for name in ("steps", "check_every", "observer_steps", "save_every", "patience"):
@@ -146,8 +147,9 @@ def finetune(
     )
     store = None if folder is None else _Store(Path(folder), run)
     try:
+        chosen = {id(p) for p in trained.values()}
         for parameter, _ in kept:
-            parameter.requires_grad_(any(parameter is p for p in trained.values()))
+            parameter.requires_grad_(id(parameter) in chosen)
         if store is not None and not fresh:
             store.resume()
         _train(run, store, on_step)
@@ -168,7 +170,7 @@ def finetune(
 @dataclass(kw_only=True)
 class _Run:
     """A training run. losses, checks: (steps done, loss) on training and held-out batches.
-    best: the trained tensors as they were at `best_step`; None before the first check.
+    best: the trained tensors as they were at `best_step`; empty before the first check.
     """
 
     model: nn.Module
@@ -257,17 +259,12 @@ def _train(run: _Run, store: _Store | None, on_step: OnStep) -> None:
             while run.step < options.observer_steps:
                 _step(run, on_step)
         run.best, run.best_loss = {}, math.inf  # the model computes otherwise from here on
-    try:
-        while run.step < options.steps:
-            if run.step % options.check_every == 0 and _check(run):
-                break
-            _step(run, on_step)
-            if store is not None and run.step % options.save_every == 0:
-                store.save()
-    except KeyboardInterrupt:
-        if store is not None:
+    while run.step < options.steps:
+        if run.step % options.check_every == 0 and _check(run):
+            break
+        _step(run, on_step)
+        if store is not None and run.step % options.save_every == 0:
             store.save()
-        raise
     if run.held_out:
         if not run.checks or run.checks[-1][0] != run.step:
             _check(run)
@@ -321,11 +318,19 @@ def _loss(run: _Run, batch: Batch) -> Tensor:
 
 
 def _check(run: _Run) -> bool:
-    """Try the held-out batches; keep the state if it is the best. Returns whether to stop."""
+    """Try the held-out batches, without dropout; keep the state if it is the best. Returns whether
+    to stop.
+    """
     if not run.held_out:
         return False
-    with torch.no_grad():
-        losses = [float(_loss(run, batch)) for batch in run.held_out]
+    training = [(m, m.training) for m in run.model.modules()]
+    run.model.eval()
+    try:
+        with torch.no_grad():
+            losses = [float(_loss(run, batch)) for batch in run.held_out]
+    finally:
+        for module, was_training in training:
+            module.training = was_training
     loss = sum(losses) / len(losses)
     run.checks.append((run.step, loss))
     if loss < run.best_loss or not run.best:
@@ -356,7 +361,7 @@ class _Store:
     def save(self) -> None:
         """Raises CheckpointError."""
         run = self._run
-        layers = _with_ranges(run.model)
+        layers = layers_with_ranges(run.model)
         state = {
             "identity": self._identity,
             "step": run.step,
@@ -413,11 +418,6 @@ class _Store:
         torch.set_rng_state(tensors["random"])
 
 
-def _with_ranges(model: nn.Module) -> dict[str, QLinear]:
-    modules = quantized_modules(model).items()
-    return {n: m for n, m in modules if isinstance(m, QLinear) and m.input_scale is not None}
-
-
 def _tensors(batch: Batch) -> list[Tensor]:
     return [batch] if isinstance(batch, Tensor) else [batch[name] for name in sorted(batch)]
 
@@ -426,6 +426,5 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of the tensors' bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(plain.numpy().tobytes())
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
