@@ -183,14 +183,7 @@ class QTensor:
         `double_quant.extend`. Raises NonFiniteError, ScaleRangeError.
         """
         scheme = self.scheme
-        new = quantize(
-            values,
-            scheme.format,
-            granularity=scheme.granularity,
-            group_size=scheme.group_size,
-            symmetric=scheme.symmetric,
-            scale_dtype=scheme.scale_dtype,
-        )
+        new = quantized(values, scheme)
         shape = torch.Size((self.shape[0] + len(values), self.shape[1]))
         parts = self.parts
         if scheme.granularity == "tensor" or scheme.double_quant:
@@ -282,6 +275,18 @@ class QTensor:
                 if part is not None:
                     lines.append(f"  {name}={_indented(part, len(name) + 3)}")
         return ",\n".join(lines) + ")"
+
+
+def quantized(values: Tensor, scheme: Scheme) -> Quantized:
+    """`numerics.quantize` as a scheme says, its double_quant apart. values: (N, K) float."""
+    return quantize(
+        values,
+        scheme.format,
+        granularity=scheme.granularity,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        scale_dtype=scheme.scale_dtype,
+    )
 
 
 def _indented(part: Tensor, width: int) -> str:

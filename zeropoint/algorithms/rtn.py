@@ -8,8 +8,7 @@ from torch import Tensor
 
 from zeropoint import native
 from zeropoint.algorithms.choice import Choice
-from zeropoint.numerics import quantize
-from zeropoint.qtensor import QTensor
+from zeropoint.qtensor import QTensor, quantized
 from zeropoint.scheme import Scheme
 
 
@@ -24,15 +23,7 @@ def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
         qweight = native.quantize(weight, plain)
         if qweight is not None:
             return qweight.with_scheme(scheme)
-    quantized = quantize(
-        weight,
-        scheme.format,
-        granularity=scheme.granularity,
-        group_size=scheme.group_size,
-        symmetric=scheme.symmetric,
-        scale_dtype=scheme.scale_dtype,
-    )
-    return QTensor.from_codes(quantized, scheme, weight.dtype)
+    return QTensor.from_codes(quantized(weight, scheme), scheme, weight.dtype)
 
 
 def choose(weight: Tensor, hessian: Tensor | None, scheme: Scheme) -> Choice:
