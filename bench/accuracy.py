@@ -69,6 +69,14 @@ def logits_of(model: Any, windows: list[Tensor]) -> list[Tensor]:
     return [model(input_ids=w[None], use_cache=False).logits[0, :-1].float() for w in windows]
 
 
+def evaluation_windows(tokenizer: Any, count: int) -> list[Tensor]:
+    """The first windows of the text that nothing is calibrated or trained on. (T,) int each."""
+    ids = tokenizer(
+        evaluation_text(), return_tensors="pt", add_special_tokens=False, verbose=False
+    ).input_ids[0]
+    return list(ids.split(WINDOW))[:count]
+
+
 def measure(model: Any, windows: list[Tensor], reference: list[Tensor]) -> dict[str, Any]:
     """Paired distances from the reference over all windows, one window in memory at a time."""
     parts = []
@@ -133,10 +141,7 @@ def main() -> int:
     parser.add_argument("--targets", action="store_true")
     arguments = parser.parse_args()
     original, tokenizer = zp.load(arguments.reference)
-    ids = tokenizer(
-        evaluation_text(), return_tensors="pt", add_special_tokens=False, verbose=False
-    ).input_ids[0]
-    windows = list(ids.split(WINDOW))[: arguments.windows]
+    windows = evaluation_windows(tokenizer, arguments.windows)
     reference = logits_of(original, windows)
     missed = 0
     for setting in arguments.settings.split(","):

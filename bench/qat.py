@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from _common import RESULTS, Figure, append, circumstances
-from accuracy import WINDOW, logits_of, measure
+from accuracy import evaluation_windows, logits_of, measure
 
 import zeropoint as zp
-from zeropoint.evaluate.text import calibration_text, evaluation_text
+from zeropoint.evaluate.text import calibration_text
 
 SECONDS = 30 * 60
 SHARE = 0.5  # of what rounding costs, that training has to win back
@@ -104,12 +104,8 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=24, help="of evaluation, 512 tokens each")
     arguments = parser.parse_args()
     original, tokenizer = zp.load(arguments.reference)
-    ids = tokenizer(
-        evaluation_text(), return_tensors="pt", add_special_tokens=False, verbose=False
-    ).input_ids[0]
-    windows = list(ids.split(WINDOW))[: arguments.windows]
-    with torch.no_grad():
-        reference = logits_of(original, windows)
+    windows = evaluation_windows(tokenizer, arguments.windows)
+    reference = logits_of(original, windows)
     options = {} if arguments.steps is None else {"steps": arguments.steps}
     short = 0
     for name in arguments.cases.split(","):

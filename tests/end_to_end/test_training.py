@@ -81,7 +81,8 @@ def test_trainer_trains_saves_and_resumes_to_the_same_bits(tmp_path):
     ids = batch()["input_ids"]
     y = model(input_ids=ids).logits
     zp.freeze(model)
-    assert torch.allclose(model(input_ids=ids).logits, y, atol=1e-5 * y.abs().max().item(), rtol=0)
+    bound = 1e-5 * y.abs().max().item()  # only the order of sums differs
+    assert torch.allclose(model(input_ids=ids).logits, y, atol=bound, rtol=0)
     model.save_pretrained(tmp_path / "frozen")
     loaded, _ = zp.load(tmp_path / "frozen")
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
