@@ -31,7 +31,7 @@ def live(recipe=None, **options):
 
 def trained(model, steps=3):
     """A few steps of SGD, on a loss that reaches every parameter."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(steps):
         optimizer.zero_grad()
         (model(PERCEPTRON_INPUT) - 1.0).square().mean().backward()

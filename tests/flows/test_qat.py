@@ -289,15 +289,98 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         zp.finetune(live(), tokens(), training=settings(steps=4), folder=tmp_path / "file")
 
 
+# --- frozen models --------------------------------------------------------------------------------
+
+
+def frozen(original, weights="int3", **options):
+    model = copy.deepcopy(original)
+    zp.quantize(model, weights, **options)
+    zp.freeze(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weights": "int3", "symmetric": True},
+        {"weights": "nf4"},
+        {"weights": "float8_e5m2"},
+        {"weights": "int4", "activations": "int8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("parameters", ["all", "scales"])
+def test_scales_of_a_frozen_model_learn_and_its_codes_stay(tmp_path, options, parameters):
+    original = sharp()
+    model = frozen(original, **options)
+    before = state(model)
+    report = zp.finetune(
+        model,
+        tokens(),
+        teacher=original,
+        training=settings(parameters=parameters, scale_learning_rate=3e-3),
+    )
+    assert dict(report.held_out)[report.best_step] < 0.98 * report.held_out[0][1]
+    after = state(model)
+    assert list(after) == list(before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    kinds = {"weight_scale"} if parameters == "scales" else {"weight_scale", "layernorm.weight"}
+    assert all(any(name.endswith(kind) for kind in kinds | {"norm.weight"}) for name in changed)
+    assert any(name.endswith("weight_scale") for name in changed)
+    assert any(name.endswith("norm.weight") for name in changed) == (parameters == "all")
+    assert all(after[name].dtype == before[name].dtype for name in after)
+    assert all(not n.endswith("scale") for n, _ in model.named_parameters())
+    ids = {"input_ids": tokens(32, seed=5).view(2, 16)}
+    zp.save(model, tmp_path / "out")
+    loaded, _ = zp.load(tmp_path / "out")
+    assert torch.equal(loaded(**ids).logits, model(**ids).logits)
+
+
+def test_the_gradient_of_a_scale_is_that_of_the_dequantized_weight():
+    model = frozen(sharp())
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(5, layer.in_features)
+    layer.free_scale()
+    (layer(x).square().sum()).backward()
+    found = layer.grid.scale.grad
+    layer.fix_scale()
+    weight = layer.qweight.dequantize().requires_grad_()
+    ((x @ weight.T).square().sum()).backward()
+    scale = layer.qweight.scale.float()
+    levels = weight.detach().view(*scale.shape, -1) / scale.unsqueeze(-1)
+    expected = (weight.grad.view(levels.shape) * levels).sum(-1)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_run_on_a_frozen_model_that_fails_leaves_its_scales():
+    original = sharp()
+    model = frozen(original)
+    before = state(model)
+    with torch.no_grad():
+        original.model.norm.weight[0] = float("inf")
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 0"):
+        zp.finetune(model, tokens(), teacher=original, training=settings(held_out=0.0))
+    assert same(state(model), before)
+
+
+def test_scales_stored_in_8_bits_stay():
+    original = sharp()
+    model = frozen(original, "nf4", double_quant=True)
+    training = settings(parameters="scales")
+    with pytest.raises(RecipeError, match="no layer learns its scale"):
+        zp.finetune(model, tokens(), teacher=original, training=training)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def test_only_a_live_model_can_be_trained():
-    with pytest.raises(StateError, match="the model is not quantized, and only a live model"):
+def test_only_a_quantized_model_is_trained_and_a_frozen_one_needs_a_teacher():
+    with pytest.raises(StateError, match="the model is not quantized, and a float one has nothing"):
         zp.finetune(sharp(), tokens())
     model = live()
     zp.freeze(model)
-    with pytest.raises(StateError, match="embed_tokens is frozen, and only a live model can be"):
+    with pytest.raises(StateError, match="embed_tokens is frozen, so .*give the float model as te"):
         zp.finetune(model, tokens())
 
 

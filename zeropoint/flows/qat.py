@@ -1,10 +1,13 @@
 """Training with quantization in the loop: a live model learns to answer as its float model does.
 
-    float  --quantize-->  live  --finetune-->  live  --freeze-->  frozen
+    float  --quantize-->  live  --finetune-->  live  --freeze-->  frozen  --finetune-->  frozen
 
 The forward already uses the quantized weights and inputs, so freezing changes nothing but the
 order of sums. Gradients pass straight through the rounding (arXiv:1308.3432) to the float weights,
 and to scales and zero points where they are learned (arXiv:1902.08153).
+
+Of a frozen model the codes stay, whatever algorithm has chosen them; scales, norms and biases learn
+(the second phase of arXiv:2407.11062).
 """
 
 from __future__ import annotations
@@ -12,7 +15,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,11 +54,12 @@ class Training:
     `window`; of the data at most `tokens` tokens are used, drawn and ordered by `seed`.
     learning_rate: of AdamW, for weights; it rises, then falls along a cosine.
     scale_learning_rate: for learned scales, relative to their size. parameters: "all", or "scales"
-    to leave the weights as they are. held_out: share of the batches that is not trained on, but
-    tried every `check_every` steps; the best state seen there is the result. patience: stop after
-    so many tries without a better one; None never stops early. observer, observer_steps: inputs
-    that the scheme rounds get static ranges, seen by this observer of `zp.calibrate` in the first
-    steps, and fixed from then on. save_every: steps between two saved states. Raises RecipeError.
+    to leave weights, norms and biases as they are. held_out: share of the batches that is not
+    trained on, but tried every `check_every` steps; the best state seen there is the result.
+    patience: stop after so many tries without a better one; None never stops early. observer,
+    observer_steps: inputs that the scheme rounds get static ranges, seen by this observer of
+    `zp.calibrate` in the first steps, and fixed from then on. save_every: steps between two saved
+    states. Raises RecipeError.
     """
 
     steps: int = 200
@@ -109,54 +114,50 @@ def finetune(
     fresh: bool = False,
     on_step: OnStep = no_progress,
 ) -> TrainingReport:
-    """Train a live model until it answers as its float model does: distillation. In place.
+    """Train a live or frozen model to answer as its float model does: distillation. In place.
 
     The loss is the Kullback-Leibler divergence of the model's next-token distribution from the
     teacher's (Hinton et al., arXiv:1503.02531), and where there are no logits, the squared distance
     of the outputs relative to their size. The model is trained as it is: call `model.train()`
     first for dropout, enable transformers' activation checkpointing to save memory.
 
+    Of a frozen model the codes stay as they are, and scales, norms and biases learn.
+
     data: texts (with tokenizer=), token ids, batches or "self", as for `zp.freeze`. teacher: the
-    model to follow; None for a copy with the float weights that the model has now. training: how
+    model to follow; None for a copy with the float weights that a live model has now. training: how
     much, how fast, what. folder: where the state is saved every `save_every` steps; the same call
     on the same model goes on from there, with the same result, bit by bit on one thread; fresh
     begins anew.
 
-    Raises StateError (the model is not live, or the teacher answers in another shape), RecipeError
+    Raises StateError (the model is not quantized, or it is frozen and has no teacher, or the
+    teacher answers in another shape), RecipeError
     (nothing to train), TextError (unusable data), NonFiniteError (the loss is no number),
     CheckpointError (a folder that holds another run, or cannot be written).
     """
     options = training or Training()
-    modules = _live(model)
-    trained = _trained(model, modules, options)
+    modules = _modules(model, teacher)
     if teacher is None:
         teacher = _float_copy(model)
     elif teacher is model:
         raise StateError("the model cannot be its own teacher; leave teacher out for a float copy")
     prepared = prepare(teacher, data, tokenizer, options.calibration, on_step)
     count = min(len(prepared.batches) - 1, math.ceil(options.held_out * len(prepared.batches)))
-    kept = [(p, p.requires_grad) for p in model.parameters()]
-    run = _Run(
-        model=model,
-        teacher=teacher,
-        options=options,
-        trained=trained,
-        optimizer=_optimizer(modules, trained, options),
-        batches=prepared.batches[count:],
-        held_out=prepared.batches[:count],
-    )
-    store = None if folder is None else _Store(Path(folder), run)
-    try:
-        chosen = {id(p) for p in trained.values()}
-        for parameter, _ in kept:
-            parameter.requires_grad_(id(parameter) in chosen)
-        if store is not None and not fresh:
-            store.resume()
-        _train(run, store, on_step)
-    finally:
-        run.optimizer.zero_grad()
-        for parameter, required in kept:
-            parameter.requires_grad_(required)
+    with _free_scales(modules):
+        trained = _trained(model, modules, options)
+        run = _Run(
+            model=model,
+            teacher=teacher,
+            options=options,
+            trained=trained,
+            optimizer=_optimizer(modules, trained, options),
+            batches=prepared.batches[count:],
+            held_out=prepared.batches[:count],
+        )
+        store = None if folder is None else _Store(Path(folder), run)
+        with _only_these_train(model, trained):
+            if store is not None and not fresh:
+                store.resume()
+            _train(run, store, on_step)
     return TrainingReport(
         losses=tuple(run.losses),
         held_out=tuple(run.checks),
@@ -191,16 +192,49 @@ class _Run:
 # --- what is trained ---
 
 
-def _live(model: nn.Module) -> dict[str, QModule]:
+def _modules(model: nn.Module, teacher: nn.Module | None) -> dict[str, QModule]:
     modules = quantized_modules(model)
-    frozen = next((name for name, m in modules.items() if m.frozen), None)
-    if not modules or frozen is not None:
-        state = f"{frozen} is frozen" if modules else "the model is not quantized"
+    if not modules:
         raise StateError(
-            f"{state}, and only a live model can be trained; load the float model and call "
+            "the model is not quantized, and a float one has nothing to learn from itself; call "
             "zp.quantize(model, ...) first"
         )
+    frozen = next((name for name, m in modules.items() if m.frozen), None)
+    if frozen is not None and teacher is None:
+        raise StateError(
+            f"{frozen} is frozen, so the model has no float weights to learn from; give the float "
+            "model as teacher="
+        )
     return modules
+
+
+@contextmanager
+def _free_scales(modules: dict[str, QModule]) -> Iterator[None]:
+    """Scales of frozen linear layers as parameters, meanwhile. In place."""
+    freed = [m for m in modules.values() if m.role == "linear" and m.scale_trains]
+    for module in freed:
+        module.free_scale()
+    try:
+        yield
+    finally:
+        for module in freed:
+            module.fix_scale()
+
+
+@contextmanager
+def _only_these_train(model: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
+    """No other parameter requires a gradient, meanwhile; none has one left afterwards. In place."""
+    chosen = {id(p) for p in trained.values()}
+    kept = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in kept:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        yield
+    finally:
+        for parameter, required in kept:
+            parameter.requires_grad_(required)
+            if id(parameter) in chosen:
+                parameter.grad = None
 
 
 def _trained(
@@ -353,7 +387,7 @@ class _Store:
         self._identity = {
             "training": asdict(run.options),
             "recipe": recipe_of(run.model).to_dict(),
-            "model": _digest(p for _, p in run.model.named_parameters()),
+            "model": _digest(run.model.state_dict().values()),
             "teacher": _digest(p for _, p in run.teacher.named_parameters()),
             "data": _digest(t for b in (*run.batches, *run.held_out) for t in _tensors(b)),
         }

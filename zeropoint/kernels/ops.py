@@ -183,22 +183,35 @@ def _linear_fake(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, packed, scale, zero_point, *scheme, _ = inputs
-    ctx.save_for_backward(packed, scale, zero_point)
+    ctx.save_for_backward(packed, scale, zero_point, x if ctx.needs_input_grad[3] else None)
     ctx.scheme, ctx.dtype = scheme, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dL/dx = dL/dy @ weight; dL/dbias = sum of dL/dy over tokens. Codes have no gradient, and int8
-    activations pass it straight through.
+    """dL/dx = dL/dy @ weight; dL/dbias = sum of dL/dy over tokens; dL/dscale: `_scale_gradient`.
+    Codes have no gradient, and int8 activations pass it straight through.
     """
-    grad_x = grad_bias = None
+    *parts, x = ctx.saved_tensors
+    weight = _weight((*parts, *ctx.scheme), ctx.dtype)
+    grad_x = grad_bias = grad_scale = None
     if ctx.needs_input_grad[0]:
-        weight = _weight((*ctx.saved_tensors, *ctx.scheme), ctx.dtype)
         grad_x = grad @ _floats(weight, ctx.dtype)
     if ctx.needs_input_grad[1]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return (grad_x, grad_bias, *([None] * 9))
+    if ctx.needs_input_grad[3]:
+        grad_scale = _scale_gradient(grad, x, weight)
+    return (grad_x, grad_bias, None, grad_scale, *([None] * 7))
+
+
+def _scale_gradient(grad: Tensor, x: Tensor, weight: QTensor) -> Tensor:
+    """dL/ds = sum over the block of dL/dw * level, where w = s * level. Returns it as scale is."""
+    assert weight.scale is not None
+    to_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    levels = _floats(replace(weight, scale=torch.ones_like(weight.scale)), x.dtype)
+    scheme = weight.scheme
+    blocks = blocked(to_weight * levels, scheme.granularity, scheme.group_size)
+    return blocks.sum(-1, dtype=torch.float32).to(weight.scale.dtype)
 
 
 def _floats(weight: QTensor, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,7 @@ from zeropoint.numerics import (
     get_scale_dtype,
     grid_codes,
 )
+from zeropoint.numerics.affine import round_scale
 from zeropoint.numerics.learned import stored_grid
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Role, Scheme
@@ -127,8 +128,10 @@ class QModule(nn.Module):
         )
 
     def _parts(self) -> dict[str, Tensor | None]:
-        """The buffers that hold the frozen weight."""
-        return self._tied_to[0]._buffers if self._tied_to else self._buffers
+        """The buffers that hold the frozen weight, and its scale where that is being trained."""
+        owner = self._tied_to[0] if self._tied_to else self
+        scale = owner._parameters.get("weight_scale")
+        return owner._buffers if scale is None else owner._buffers | {"weight_scale": scale}
 
     @classmethod
     def from_layout(cls, weight: Tensor) -> Tensor:
@@ -184,8 +187,8 @@ class QModule(nn.Module):
 
     @property
     def grid(self) -> Grid | None:
-        """The learned grid of a live weight, (R, G) float32 parameters; None where every forward
-        finds the grid that spans the range.
+        """What is learned of the grid, (R, G) float32 parameters: of a live weight all of it, of a
+        frozen one its scales. None where every forward finds the grid that spans the range.
         """
         scale = self._parameters.get("weight_scale")
         return None if scale is None else Grid(scale, self._parameters.get("weight_zero_point"))
@@ -202,6 +205,28 @@ class QModule(nn.Module):
         self._parameters["weight_scale"] = nn.Parameter(start.scale.float())
         if start.zero_point is not None:
             self._parameters["weight_zero_point"] = nn.Parameter(start.zero_point.float())
+
+    @property
+    def scale_trains(self) -> bool:
+        """Whether `free_scale` can be called: scales of a frozen weight's own, stored as floats."""
+        scale = self._buffers.get("weight_scale")
+        return scale is not None and scale.is_floating_point()
+
+    def free_scale(self) -> None:
+        """Make the scales of a frozen weight a float32 parameter, until `fix_scale`. In place."""
+        scale = self._buffers["weight_scale"]
+        assert scale is not None
+        self._buffers["weight_scale"] = None  # its place among the parts is kept
+        self._parameters["weight_scale"] = nn.Parameter(scale.float())
+        self._unbind()
+
+    def fix_scale(self) -> None:
+        """Store the scales of `free_scale` in the scheme's dtype again. In place."""
+        scale = self._parameters.pop("weight_scale")
+        assert scale is not None
+        dtype = get_scale_dtype(self.scheme.scale_dtype)
+        self._buffers["weight_scale"] = round_scale(scale.detach(), dtype)
+        self._unbind()
 
     def on_learned_grid(self) -> QTensor:
         """The live weight on its learned grid, as the forward uses it. Raises NonFiniteError."""
