@@ -69,9 +69,10 @@ if TYPE_CHECKING:
     from zeropoint.evaluate.merging import MergeReport, merge_adapter
     from zeropoint.flows.activations import CalibrationTable, calibrate, calibration_table
     from zeropoint.flows.data import Calibration
+    from zeropoint.flows.dequantize import dequantize
     from zeropoint.flows.heads import HeadImportance, head_importance
     from zeropoint.flows.plan import Plan, plan
-    from zeropoint.flows.ptq import dequantize, freeze, quantize
+    from zeropoint.flows.ptq import freeze, quantize
     from zeropoint.flows.qat import Training, finetune
     from zeropoint.flows.report import Report, TrainingReport
     from zeropoint.flows.stream import compress
@@ -107,7 +108,7 @@ _HOMES = {
     "calibration_table": "zeropoint.flows.activations",
     "compare": "zeropoint.evaluate.compare",
     "compress": "zeropoint.flows.stream",
-    "dequantize": "zeropoint.flows.ptq",
+    "dequantize": "zeropoint.flows.dequantize",
     "finetune": "zeropoint.flows.qat",
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,9 +11,10 @@ from torch import nn
 
 import zeropoint as zp
 from tests.models import ARCHITECTURES, build, example_inputs, outputs, perceptron, tokenizer
-from zeropoint.errors import NonFiniteError
+from zeropoint.errors import NonFiniteError, RecipeError, UnknownNameError
 from zeropoint.flows import calibrate as flow
 from zeropoint.flows.data import Calibration
+from zeropoint.flows.distance import distance
 from zeropoint.model.walk import quantized_modules
 from zeropoint.nn import QModule
 
@@ -317,3 +319,64 @@ def test_training_mode_is_put_back():
     zp.quantize(model, "int4")
     zp.freeze(model, "gptq", data=[example_inputs(model)])
     assert model.training and model.model.layers[0].mlp.training
+
+
+# --- effort and tuning ---------------------------------------------------------------------------
+
+
+def mean_distance(model, original, batches):
+    with torch.no_grad():
+        found = [float(distance(model(**b), original(**b), b)) for b in batches]
+    return sum(found) / len(found)
+
+
+def test_tuning_keeps_the_codes_and_comes_nearer_to_the_float_model():
+    torch.manual_seed(0)
+    original = build("llama-tied")
+    with torch.no_grad():
+        for parameter in original.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)  # answers that depend on the weights
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: {"input_ids": torch.randint(1, 99, (4, 16), generator=generator)}  # noqa: E731
+    data, unseen = [draw() for _ in range(8)], [draw() for _ in range(4)]
+    models = {}
+    for steps in (0, 24):
+        model = copy.deepcopy(original)
+        zp.quantize(model, "int3")
+        options = Calibration(tokens=512, window=16, tune_steps=steps)
+        report = zp.freeze(model, "gptq", data=data, calibration=options)
+        models[steps] = model
+    plain, tuned = models[0].state_dict(), models[24].state_dict()
+    assert list(plain) == list(tuned)
+    assert all(torch.equal(plain[n], tuned[n]) for n in plain if plain[n].dtype == torch.uint8)
+    distances = {steps: mean_distance(m, original, unseen) for steps, m in models.items()}
+    assert distances[24] < 0.99 * distances[0]
+    assert report.tuning is not None and len(report.tuning.losses) == 24
+    assert report.tuning.held_out[-1][1] < report.tuning.held_out[0][1]
+    assert "scales tuned: 24 steps on" in str(report)
+    assert json.loads(json.dumps(report.to_dict()))["tuning"]["best_step"] > 0
+
+
+def test_tuning_needs_batches_to_hold_out():
+    model = build("llama-tied")
+    zp.quantize(model, "int4")
+    options = Calibration(tune_steps=4)
+    report = zp.freeze(model, "gptq", data=[example_inputs(model)], calibration=options)
+    assert report.tuning is None
+    assert "nothing was tuned: 18 calibration tokens are 2 batches, too few" in report.warnings[0]
+
+
+def test_effort_stands_for_a_calibration():
+    model = build("llama-tied")
+    zp.quantize(model, "int4")
+    with pytest.raises(UnknownNameError, match="'hihg' is not an effort; .*'high'"):
+        zp.freeze(model, "gptq", data=[example_inputs(model)], effort="hihg")
+    with pytest.raises(RecipeError, match="effort='low' stands for a calibration; give one"):
+        zp.freeze(model, "gptq", effort="low", calibration=SMALL)
+    with pytest.raises(RecipeError, match="'rtn' uses no calibration data; leave data, effort and"):
+        zp.freeze(model, "rtn", effort="low")
+    with pytest.raises(RecipeError, match="tune_steps=-1: use 0 for none"):
+        Calibration(tune_steps=-1)
+    report = zp.freeze(model, "gptq", data=[example_inputs(model)], effort="low")
+    assert {x.algorithm for x in report.layers} == {"gptq", "mse"}

@@ -38,7 +38,7 @@ from zeropoint.scheme import Scheme
 
 BLOCK = 128  # columns between two matrix products; the result does not depend on it
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of mean(diag H), tried in this order
-REFIT_ELEMENTS = 1 << 24  # of the largest temporary of a refit: 64 MB
+REFIT_ELEMENTS = 1 << 18  # of the largest temporary of a refit: a megabyte stays in the cache
 SWEEPS = 2  # of coordinate descent, each followed by a refit of the scales
 
 
@@ -210,7 +210,7 @@ def feedback(
         for k in range(a, b):
             t = target[k - a]
             if k > a:
-                t = t + within[k - a, : k - a] @ error[a:k]
+                t = torch.addmv(t, error[a:k].T, within[k - a, : k - a])
             torch.sub(w[k], columns.round(k, t), out=error[k])
     return _codes_of(w - error, grid, scheme, permutation)
 
@@ -232,12 +232,14 @@ def descend(
     for a in range(0, len(w), BLOCK):
         b = min(a + BLOCK, len(w))
         target = torch.addmm(w[a:b], off[a:b], error)
-        before = error[a:b].clone()
+        moved = torch.empty_like(error[a:b])  # since the product
         for k in range(a, b):
             t = target[k - a]
-            if k > a:  # those of this block that moved since the product
-                t = t + off[k, a:k] @ (error[a:k] - before[: k - a])
-            torch.sub(w[k], columns.round(k, t), out=error[k])
+            if k > a:
+                t = torch.addmv(t, moved[: k - a].T, off[k, a:k])
+            now = w[k] - columns.round(k, t)
+            torch.sub(now, error[k], out=moved[k - a])
+            error[k] = now
     return _codes_of(w - error, grid, scheme, permutation)
 
 
@@ -261,28 +263,32 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor)
     w = weight.detach().float()
     levels = _values(codes, Grid(torch.ones_like(grid.scale), grid.zero_point), scheme)
     at_once = max(1, REFIT_ELEMENTS // (groups * k))
+    h = h.float()
+    dtype = get_scale_dtype(scheme.scale_dtype)
     parts = [
-        _solved(w_part, levels_part, scale, h.float(), get_scale_dtype(scheme.scale_dtype))
-        for w_part, levels_part, scale in zip(
-            w.split(at_once), levels.split(at_once), grid.scale.split(at_once), strict=True
+        _solved(*part, h, dtype)
+        for part in zip(
+            w.split(at_once),
+            (w @ h).split(at_once),
+            levels.split(at_once),
+            grid.scale.split(at_once),
+            strict=True,
         )
     ]
     return Grid(torch.cat(parts), grid.zero_point)
 
 
-def _solved(w: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-    """The refitted scales of some rows. w, levels: (n, K); scale: (n, G), returned where better."""
+def _solved(
+    w: Tensor, wh: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The refitted scales of some rows. w, wh = w H, levels: (n, K); scale: (n, G), returned where
+    better.
+    """
     n, groups = scale.shape
-    width = w.shape[1] // groups
-    products = torch.empty(n, groups, w.shape[1], device=w.device)
-    blocks = levels.view(n, groups, width)
-    for g in range(groups):  # C^T H, one group of rows of H at a time
-        products[:, g] = blocks[:, g] @ h[g * width : (g + 1) * width]
-    right = (products * w.unsqueeze(1)).sum(-1).double()
-    left = torch.empty(n, groups, groups, device=w.device)
-    for g in range(groups):
-        part = products[:, :, g * width : (g + 1) * width]
-        left[:, :, g] = (part @ blocks[:, g].unsqueeze(-1)).squeeze(-1)
+    blocks = levels.view(n, groups, -1)
+    right = (blocks * wh.view(blocks.shape)).sum(-1).double()
+    products = torch.bmm(blocks.transpose(0, 1), h.view(groups, -1, h.shape[1]))  # (G, n, K)
+    left = (products.view(groups, n, groups, -1) * blocks).sum(-1).transpose(0, 1)
     system = left.double()
     mean = system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
     old = scale.double()

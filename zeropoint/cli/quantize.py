@@ -87,6 +87,14 @@ def quantize(
             show_default="self",
         ),
     ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How much work calibrating is: low, medium, or high, which also tunes scales.",
+            show_default="medium",
+        ),
+    ] = None,
     observer: Annotated[
         str | None,
         typer.Option(
@@ -98,7 +106,7 @@ def quantize(
     ] = None,
     calibration_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", help="How much of it to use.", show_default="32768"),
+        typer.Option(metavar="N", help="How much of it to use.", show_default="the effort's"),
     ] = None,
     seed: Annotated[
         int | None,
@@ -143,7 +151,7 @@ def quantize(
         silence_libraries()
     # What can be refused without the model is refused before the user has waited for it.
     check_writable(output, lambda folder: native.why_not_replace(folder, overwrite))
-    texts, options = _calibration(algorithm, observer, data, calibration_tokens, seed)
+    texts, options = _calibration(algorithm, observer, data, effort, calibration_tokens, seed)
     rest = float_dtype(dtype)
     rules = None
     if recipe is not None:
@@ -344,17 +352,18 @@ def _calibration(
     algorithm: str,
     observer: str | None,
     data: str | None,
+    effort: str | None,
     tokens: int | None,
     seed: int | None,
 ) -> tuple[str | list[str] | None, Calibration]:
     """Data and how much of it; refused here where it can be, before the model is loaded."""
     from zeropoint.algorithms import get_algorithm
     from zeropoint.evaluate.text import read_text
-    from zeropoint.flows.data import SELF, Calibration
+    from zeropoint.flows.data import SELF, of_effort
 
-    given = {"--data": data, "--calibration-tokens": tokens, "--seed": seed}
+    given = {"--data": data, "--effort": effort, "--calibration-tokens": tokens, "--seed": seed}
     named = [name for name, value in given.items() if value is not None]
-    default = Calibration()
+    default = of_effort(effort or "medium")
     if get_algorithm(algorithm).needs == "nothing" and observer is None:
         if named:
             raise RecipeError(

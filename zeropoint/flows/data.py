@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from zeropoint.errors import RecipeError, StateError, TextError
+from zeropoint.errors import RecipeError, StateError, TextError, UnknownNameError, nearest
 from zeropoint.flows.generate import context_length
 from zeropoint.model.capture import Batch
 from zeropoint.progress import OnStep, no_progress
@@ -31,7 +31,9 @@ class Calibration:
     tokens: at most this many, in windows of `window` tokens drawn by `seed`. batch_tokens: tokens
     in one forward pass. fold: balance activations and weights channel by channel first, where a
     norm or linear layer before can absorb the factors. propagate: share of the error of earlier
-    layers that each layer's weights make up for, 0 to 1. Raises RecipeError.
+    layers that each layer's weights make up for, 0 to 1. tune_steps: of distillation afterwards, on
+    the same data, in which scales, norms and biases learn the float model's answers while the codes
+    stay; the best state on data held out is kept. Raises RecipeError.
     """
 
     tokens: int = 32768
@@ -40,6 +42,7 @@ class Calibration:
     seed: int = 0
     fold: bool = True
     propagate: float = 0.0
+    tune_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "window", "batch_tokens"):
@@ -47,6 +50,8 @@ class Calibration:
                 raise RecipeError(f"{name}={getattr(self, name)}: use at least {SHORTEST}")
         if not 0 <= self.propagate <= 1:
             raise RecipeError(f"propagate={self.propagate} is not a share between 0 and 1")
+        if self.tune_steps < 0:
+            raise RecipeError(f"tune_steps={self.tune_steps}: use 0 for none, or a number of steps")
 
     if not TYPE_CHECKING:  # checkers read the dataclass's own signature
 
@@ -67,6 +72,21 @@ def _not_a_context() -> NoReturn:
         "zp.Calibration holds the options of zp.freeze; to see the ranges of activations, write "
         "with zp.calibrate(model): model(**batch)"
     )
+
+
+EFFORTS = {
+    "low": Calibration(tokens=4096),
+    "medium": Calibration(),
+    "high": Calibration(tune_steps=120),
+}
+"""How much work a calibrated algorithm does. docs/algorithms.md has what each costs and wins."""
+
+
+def of_effort(effort: str) -> Calibration:
+    """The options behind a name of EFFORTS. Raises UnknownNameError."""
+    if effort not in EFFORTS:
+        raise UnknownNameError(f"{effort!r} is not an effort; {nearest(effort, EFFORTS)}")
+    return EFFORTS[effort]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,4 @@
-"""Post-training quantization of a model in memory: quantize -> live, freeze -> codes only,
-dequantize -> float again.
+"""Post-training quantization of a model in memory: quantize -> live, freeze -> codes only.
 
     float  --quantize-->  live  --freeze-->  frozen
       ^-------------------dequantize-----------'
@@ -31,7 +30,8 @@ from zeropoint.errors import (
     nearest,
 )
 from zeropoint.flows.calibrate import calibrate
-from zeropoint.flows.data import Calibration, Data, prepare
+from zeropoint.flows.data import Calibration, Data, of_effort, prepare
+from zeropoint.flows.qat import float_copy, tune
 from zeropoint.flows.report import FreezeReport, LayerReport, ModuleReport, Report
 from zeropoint.kernels.select import choose
 from zeropoint.kernels.spec import Spec
@@ -186,6 +186,7 @@ def freeze(
     *,
     data: Data | None = None,
     tokenizer: Any = None,
+    effort: str | None = None,
     calibration: Calibration | None = None,
     on_step: OnStep = no_progress,
 ) -> FreezeReport:
@@ -194,12 +195,13 @@ def freeze(
     algorithm: how codes are chosen, a name of `zeropoint.algorithms.ALGORITHMS`; weights whose grid
     was learned are rounded on it, with "rtn" only. Tied weights stay tied. data: for an algorithm
     that calibrates: texts (with tokenizer=), tensors of token ids, batches as dictionaries of
-    tensors, or "self", text the model writes itself, which is also the default. calibration: how
-    much of it is used, and how.
+    tensors, or "self", text the model writes itself, which is also the default. effort: "low",
+    "medium" or "high", how much work that is; or calibration: how much data is used, and how.
 
     Raises StateError (nothing is live, or inputs have static ranges that the algorithm would make
     wrong), UnknownNameError, RecipeError (data for an algorithm that
-    uses none), TextError (unusable data), NonFiniteError and ScaleRangeError naming the module.
+    uses none, effort and calibration both), TextError (unusable data), NonFiniteError and
+    ScaleRangeError naming the module.
     """
     chosen = get_algorithm(algorithm)
     modules = quantized_modules(model)
@@ -214,11 +216,11 @@ def freeze(
             "use algorithm='rtn', or quantize without learned_scale"
         )
     if chosen.needs == "nothing":
-        if data is not None or calibration is not None:
+        if not (data is None and calibration is None and effort is None):
             known = [a.name for a in ALGORITHMS.values() if a.needs != "nothing"]
             raise RecipeError(
-                f"algorithm={algorithm!r} uses no calibration data; leave data and calibration "
-                f"out, or use {' or '.join(repr(n) for n in known)}"
+                f"algorithm={algorithm!r} uses no calibration data; leave data, effort and "
+                f"calibration out, or use {' or '.join(repr(n) for n in known)}"
             )
         return FreezeReport(algorithm=algorithm, layers=_freeze_each(live, chosen, on_step))
     static = [n for n, m in live.items() if isinstance(m, QLinear) and m.input_scale is not None]
@@ -227,7 +229,10 @@ def freeze(
             f"{static[0]} has a static range, and algorithm={algorithm!r} changes what its inputs "
             "are; freeze first, then run the model inside `with zp.calibrate(model):`"
         )
-    options = calibration or Calibration()
+    if effort is not None and calibration is not None:
+        raise RecipeError(f"effort={effort!r} stands for a calibration; give one of the two")
+    options = calibration or of_effort(effort or "medium")
+    teacher = float_copy(model) if options.tune_steps else None
     layers, prepared, warnings = calibrate(
         model,
         chosen,
@@ -235,11 +240,18 @@ def freeze(
         lambda: prepare(model, data, tokenizer, options, on_step),
         on_step,
     )
+    tuning = None
+    if teacher is not None:
+        try:
+            tuning = tune(model, teacher, prepared, options, on_step)
+        except RecipeError as e:
+            warnings.append(f"nothing was tuned: {e}")
     return FreezeReport(
         algorithm=algorithm,
         layers=tuple(layers),
         calibration=prepared.source,
         tokens=prepared.tokens,
+        tuning=tuning,
         warnings=tuple(warnings),
     )
 
@@ -273,23 +285,6 @@ def _chosen(live: QModule, algorithm: Algorithm) -> Choice:
         reason = "on the grid that was learned"
         return Choice(weight=live.on_learned_grid(), algorithm=algorithm.name, reason=reason)
     return algorithm.choose(live.float_weight().detach(), None, live.scheme)
-
-
-def dequantize(model: nn.Module) -> None:
-    """Back to float modules. Live: with their float weights; frozen: with the dequantized ones.
-    In place.
-
-    Raises StateError when nothing is quantized.
-    """
-    modules = {m: n for m, n in named_modules(model).items() if isinstance(m, QModule)}
-    if not modules:
-        raise StateError("there is nothing to dequantize: the model is not quantized")
-    floats = {m: m.to_float() for m in modules}
-    for module, names in modules.items():
-        if isinstance(module, QModule) and module.tied_to is not None:
-            floats[module].weight = floats[module.tied_to].weight
-        replace_module(model, names, floats[module])
-    remember_recipe(model, None)
 
 
 # --- from arguments to a recipe ---

@@ -29,9 +29,9 @@ from zeropoint.checkpoints.shard import as_bytes
 from zeropoint.checkpoints.training import make_folder, read_state, write_state
 from zeropoint.errors import NonFiniteError, RecipeError, StateError
 from zeropoint.flows.activations import calibrate, layers_with_ranges
-from zeropoint.flows.data import Calibration, Data, prepare
+from zeropoint.flows.data import Calibration, Data, Prepared, prepare
+from zeropoint.flows.dequantize import dequantize
 from zeropoint.flows.distance import distance
-from zeropoint.flows.ptq import dequantize
 from zeropoint.flows.report import TrainingReport
 from zeropoint.model.capture import Batch, run_model
 from zeropoint.model.save import recipe_of
@@ -44,6 +44,9 @@ BETAS = (0.9, 0.95)  # short runs: the usual 0.999 would remember more steps tha
 MAX_NORM = 1.0  # of the gradient of all parameters together
 WARM_UP = 0.1  # share of the steps in which the learning rate rises from 0
 LAST_RATE = 0.1  # of the learning rate is left at the end of the cosine
+TUNING_BATCHES = 4  # of calibration data, at least: fewer say nothing about what is better
+TUNING_CHECKS = 8  # looks at the held-out data while scales are tuned
+TUNING_RATE, TUNING_SCALE_RATE = 1e-3, 1e-3  # of norms and biases, and of scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ def finetune(
     options = training or Training()
     modules = _modules(model, teacher)
     if teacher is None:
-        teacher = _float_copy(model)
+        teacher = float_copy(model)
     elif teacher is model:
         raise StateError("the model cannot be its own teacher; leave teacher out for a float copy")
     prepared = prepare(teacher, data, tokenizer, options.calibration, on_step)
@@ -166,6 +169,38 @@ def finetune(
         source=prepared.source,
         warnings=prepared.warnings,
     )
+
+
+def tune(
+    model: nn.Module, teacher: nn.Module, prepared: Prepared, options: Calibration, on_step: OnStep
+) -> TrainingReport:
+    """Let scales, norms and biases of a frozen model learn on its calibration data. In place.
+
+    Raises RecipeError: no batch is left to hold out, so that nothing could say what is best.
+    """
+    batches: Any = [part for batch in prepared.batches for part in _halves(batch)]
+    if len(batches) < TUNING_BATCHES:
+        raise RecipeError(
+            f"{prepared.tokens} calibration tokens are {len(batches)} batches, too few to train on "
+            f"some and hold others out; give more data, or a smaller batch_tokens"
+        )
+    training = Training(
+        steps=options.tune_steps,
+        learning_rate=TUNING_RATE,
+        scale_learning_rate=TUNING_SCALE_RATE,
+        check_every=max(1, options.tune_steps // TUNING_CHECKS),
+        seed=options.seed,
+    )
+    return finetune(model, batches, teacher=teacher, training=training, on_step=on_step)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """Two batches of half the examples: more steps for the same work."""
+    size = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+    cuts = (slice(0, size // 2), slice(size // 2, size)) if size > 1 else (slice(0, size),)
+    if isinstance(batch, Tensor):
+        return [batch[cut] for cut in cuts]
+    return [{name: value[cut] for name, value in batch.items()} for cut in cuts]
 
 
 @dataclass(kw_only=True)
@@ -275,7 +310,7 @@ def _optimizer(
     return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0)
 
 
-def _float_copy(model: nn.Module) -> nn.Module:
+def float_copy(model: nn.Module) -> nn.Module:
     """The float model that a live one comes from. Doubles the memory of the weights."""
     teacher = copy.deepcopy(model)
     dequantize(teacher)

@@ -50,16 +50,51 @@ class LayerReport:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class TrainingReport:
+    """What `zp.finetune` did. losses: (steps done, loss of the last) on training batches; held_out:
+    (steps done, mean loss) on batches that are not trained on, the first before any step. Losses
+    are nats of KL divergence, or relative squared errors for models without logits.
+
+    best_step: the step whose state the model has now. tokens, source: what the data was.
+    """
+
+    losses: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    best_step: int
+    tokens: int
+    source: str
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as the command line's JSON has it under `training`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.losses)} steps on {self.tokens:,} tokens of {self.source}"]
+        if self.held_out:
+            best = dict(self.held_out)[self.best_step]
+            lines.append(
+                f"  held-out loss {self.held_out[0][1]:.4g} -> {best:.4g} after "
+                f"{self.best_step} steps"
+            )
+        return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+    __repr__ = __str__  # what a bare call shows in a notebook
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class FreezeReport:
     """What `zp.freeze` did: how the codes of every weight were found.
 
-    calibration: what the data was, None when the algorithm needs none. tokens: how many.
+    calibration: what the data was, None when the algorithm needs none. tokens: how many. tuning:
+    what learning scales, norms and biases brought, None where they were left.
     """
 
     algorithm: str
     layers: tuple[LayerReport, ...]
     calibration: str | None = None
     tokens: int = 0
+    tuning: TrainingReport | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -74,6 +109,7 @@ class FreezeReport:
             "source": self.calibration,
             "tokens": self.tokens,
             "warnings": list(self.warnings),
+            "tuning": self.tuning and self.tuning.to_dict(),
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -92,6 +128,8 @@ class FreezeReport:
         for layer in self.layers:
             if layer.reason is not None and layer.algorithm != self.algorithm:
                 lines.append(f"  {layer.name}: {layer.algorithm}, because {layer.reason}")
+        if self.tuning is not None:
+            lines.append(f"  scales tuned: {self.tuning}")
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
 
     __repr__ = __str__  # what a bare call shows in a notebook
@@ -144,39 +182,6 @@ class Report:
                 + (f"; {reason}" if reason else "")
             )
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class TrainingReport:
-    """What `zp.finetune` did. losses: (steps done, loss of the last) on training batches; held_out:
-    (steps done, mean loss) on batches that are not trained on, the first before any step. Losses
-    are nats of KL divergence, or relative squared errors for models without logits.
-
-    best_step: the step whose state the model has now. tokens, source: what the data was.
-    """
-
-    losses: tuple[tuple[int, float], ...]
-    held_out: tuple[tuple[int, float], ...]
-    best_step: int
-    tokens: int
-    source: str
-    warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as the command line's JSON has it under `training`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.losses)} steps on {self.tokens:,} tokens of {self.source}"]
-        if self.held_out:
-            best = dict(self.held_out)[self.best_step]
-            lines.append(
-                f"  held-out loss {self.held_out[0][1]:.4g} -> {best:.4g} after "
-                f"{self.best_step} steps"
-            )
-        return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
-
-    __repr__ = __str__  # what a bare call shows in a notebook
 
 
 def data_free(report: Report, algorithm: str) -> FreezeReport:
