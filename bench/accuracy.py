@@ -1,11 +1,13 @@
 """The accuracy ladder: every rung on one checkpoint, at the same bytes, on text it has not seen.
 
-    python bench/accuracy.py REFERENCE [--rungs rtn,gptq] [--settings int4-g64] [--tokens N]
+    python bench/accuracy.py REFERENCE [--rungs medium,hqq] [--settings int4-g64] [--seeds 0,1]
 
 REFERENCE is a full-precision language model (a model whose weights lie on a 4-bit grid already
 would flatter every rung). Calibration text is the calibration half of Python's own reference,
 or what the model writes itself; the answer is measured on the first windows of the other half,
-which no rung sees. Embedding and head are int8 per row. One JSON line for every rung and setting is
+which no rung sees, and on a text of another kind, the source code of the standard library.
+Embedding and head are int8 per row; peers leave them float. Peers run where they are installed
+(`pip install auto-round==0.16 hqq==0.2.8.post1`). One JSON line for every rung, setting and seed is
 appended to bench/results/accuracy.jsonl; `--targets` fails where the best rung misses its target.
 """
 
@@ -13,22 +15,26 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
+import difflib
+import inspect
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from _common import RESULTS as FOLDER
+from _common import append, circumstances
+from torch import Tensor, nn
 
 import zeropoint as zp
+from zeropoint.evaluate.memory import peak_rss_bytes
 from zeropoint.evaluate.statistics import TokenDistances, block_bootstrap, token_distances
 from zeropoint.evaluate.text import calibration_text, evaluation_text
-from zeropoint.flows.data import Calibration
+from zeropoint.flows.data import EFFORTS
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+RESULTS = FOLDER / "accuracy.jsonl"
+PACKAGES = ("torch", "transformers", "auto-round", "hqq")
 WINDOW = 512
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
@@ -36,18 +42,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int4-g32": {"weights": "int4", "group_size": 32},
     "int3-g64": {"weights": "int3", "group_size": 64},
     "int3-g32": {"weights": "int3", "group_size": 32},
+    "int2-g64": {"weights": "int2", "group_size": 64},
     "int2-g32": {"weights": "int2", "group_size": 32},
     "nf4-g64": {"weights": "nf4"},
     "float8": {"weights": "float8_e4m3fn"},
 }
-TARGETS = {"int8": 0.004, "int4-g64": 0.05, "int4-g32": 0.035, "int3-g64": 0.24, "int3-g32": 0.18}
+TARGETS = {
+    "int8": 0.004,
+    "int4-g64": 0.05,
+    "int4-g32": 0.035,
+    "int3-g64": 0.24,
+    "int3-g32": 0.18,
+    "int2-g64": 1.0,
+}
 
 
 @dataclass(frozen=True)
 class Rung:
-    """algorithm and its options; own: calibrated on text the model writes itself."""
+    """algorithm, effort and what differs from it; own: calibrated on text the model writes."""
 
     algorithm: str
+    effort: str | None = None
     options: dict[str, Any] | None = None
     own: bool = False
 
@@ -55,12 +70,66 @@ class Rung:
 RUNGS = {
     "rtn": Rung("rtn"),
     "mse": Rung("mse"),
-    "gptq": Rung("gptq", {"fold": False}),
-    "gptq+fold": Rung("gptq", {"fold": True}),
-    "gptq+fold+qep": Rung("gptq", {"fold": True, "propagate": 0.5}),
-    "gptq+fold self": Rung("gptq", {"fold": True}, own=True),
-    "gptq+fold+qep self": Rung("gptq", {"fold": True, "propagate": 0.5}, own=True),
+    "low": Rung("gptq", "low"),
+    "medium": Rung("gptq", "medium"),
+    "high": Rung("gptq", "high"),
+    "medium, no balance": Rung("gptq", "medium", {"fold": False}),
+    "medium, qep": Rung("gptq", "medium", {"propagate": 0.5}),
+    "medium, own text": Rung("gptq", "medium", own=True),
+    "high, own text": Rung("gptq", "high", own=True),
 }
+
+
+# --- peers: each gives linear layers the weights its codes stand for, and returns their bits ---
+
+
+def hqq(model: Any, tokenizer: Any, bits: int, group_size: int, seed: int) -> float:
+    """HQQ 0.2.8: calibration-free; float16 scale and zero point."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    for layer in linears_of(model).values():
+        config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=1)
+        done = HQQLinear(
+            copy.deepcopy(layer), config, compute_dtype=torch.float32, device="cpu", del_orig=False
+        )
+        layer.weight.data.copy_(done.dequantize())
+    return bits + 32 / group_size
+
+
+def auto_round(model: Any, tokenizer: Any, bits: int, group_size: int, seed: int) -> float:
+    """AutoRound 0.16, 50 iterations, asymmetric, 64 x 256 tokens of the calibration text."""
+    from auto_round import AutoRound
+
+    ids = tokenizer(calibration_text(), return_tensors="pt", verbose=False).input_ids[0]
+    windows = list(ids[: len(ids) // 256 * 256].split(256))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    text = [{"input_ids": windows[i][None]} for i in order[:64].tolist()]
+    tuner = AutoRound(
+        model, tokenizer, scheme="W4A16", bits=bits, group_size=group_size, sym=False, iters=50,
+        seqlen=256, nsamples=64, batch_size=8, dataset=text, device_map="cpu", seed=seed,
+        enable_torch_compile=False,
+    )  # fmt: skip
+    done, _ = tuner.quantize()
+    tuned = dict(done.named_modules())
+    for name, layer in linears_of(model).items():
+        layer.weight.data.copy_(tuned[name].weight.data)
+    return bits + (16 + bits) / group_size
+
+
+PEERS: dict[str, Callable[[Any, Any, int, int, int], float]] = {
+    "hqq": hqq,
+    "auto-round": auto_round,
+}
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks, without the head."""
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n
+    }
+
+
+# --- measuring ---
 
 
 @torch.no_grad()
@@ -71,9 +140,12 @@ def logits_of(model: Any, windows: list[Tensor]) -> list[Tensor]:
 
 def evaluation_windows(tokenizer: Any, count: int) -> list[Tensor]:
     """The first windows of the text that nothing is calibrated or trained on. (T,) int each."""
-    ids = tokenizer(
-        evaluation_text(), return_tensors="pt", add_special_tokens=False, verbose=False
-    ).input_ids[0]
+    return windows_of(evaluation_text(), tokenizer, count)
+
+
+def windows_of(text: str, tokenizer: Any, count: int) -> list[Tensor]:
+    """The first windows of a text. (T,) int each."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     return list(ids.split(WINDOW))[:count]
 
 
@@ -93,16 +165,26 @@ def measure(model: Any, windows: list[Tensor], reference: list[Tensor]) -> dict[
 
 
 def run(
-    original: Any, tokenizer: Any, rung: Rung, setting: str, arguments: argparse.Namespace
+    original: Any, tokenizer: Any, name: str, setting: str, tokens: int | None, seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """Quantize a copy of the model. Returns it, and what that took."""
     model = copy.deepcopy(original)
+    scheme = SETTINGS[setting]
     start = time.perf_counter()
-    zp.quantize(model, **SETTINGS[setting])
-    if rung.options is None:
+    if name in PEERS:
+        bits = PEERS[name](model, tokenizer, int(scheme["weights"][3:]), scheme["group_size"], seed)
+        return model, {
+            "seconds": round(time.perf_counter() - start, 1),
+            "bits_per_linear_weight": bits,
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+    rung = RUNGS[name]
+    zp.quantize(model, **scheme)
+    if rung.effort is None:
         report = zp.freeze(model, rung.algorithm)
     else:
-        options = Calibration(tokens=arguments.tokens, seed=arguments.seed, **rung.options)
+        options = replace(EFFORTS[rung.effort], seed=seed, **(rung.options or {}))
+        options = options if tokens is None else replace(options, tokens=tokens)
         data = "self" if rung.own else [calibration_text()]
         report = zp.freeze(
             model, rung.algorithm, data=data, tokenizer=tokenizer, calibration=options
@@ -114,6 +196,7 @@ def run(
     gains = [x.hessian_gain for x in report.layers if x.hessian_gain is not None]
     return model, {
         "seconds": round(seconds, 1),
+        "peak_rss_bytes": peak_rss_bytes(),
         "calibration": report.calibration,
         "calibration_tokens": report.tokens,
         "bytes": zp.footprint(model).total_bytes,
@@ -121,6 +204,7 @@ def run(
         "kept": {a: sum(x.algorithm == a for x in report.layers) for a in zp_names(report)},
         "mean_hessian_gain": sum(gains) / len(gains) if gains else None,
         "worst": [(x.name, x.output_error) for x in report.worst[:3]],
+        "tuning": report.tuning and report.tuning.held_out,
         "warnings": list(report.warnings),
     }
 
@@ -133,47 +217,51 @@ def main() -> int:
     """Every rung of every setting. Returns the number of targets missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reference")
-    parser.add_argument("--rungs", default=",".join(RUNGS))
+    parser.add_argument("--rungs", default=",".join((*RUNGS, *PEERS)))
     parser.add_argument("--settings", default=",".join(TARGETS))
-    parser.add_argument("--tokens", type=int, default=32768, help="of calibration")
+    parser.add_argument("--tokens", type=int, default=None, help="of calibration")
     parser.add_argument("--windows", type=int, default=24, help="of evaluation, 512 tokens each")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0", help="of the calibration text, as 0,1,2")
     parser.add_argument("--targets", action="store_true")
     arguments = parser.parse_args()
     original, tokenizer = zp.load(arguments.reference)
-    windows = evaluation_windows(tokenizer, arguments.windows)
-    reference = logits_of(original, windows)
+    code = inspect.getsource(argparse) + inspect.getsource(difflib)
+    texts = {
+        "reference manual": evaluation_windows(tokenizer, arguments.windows),
+        "source code": windows_of(code, tokenizer, arguments.windows // 3),
+    }
+    expected = {name: logits_of(original, windows) for name, windows in texts.items()}
+    about = circumstances(PACKAGES) | {"threads": torch.get_num_threads()}
     missed = 0
     for setting in arguments.settings.split(","):
         best = float("inf")
         for name in arguments.rungs.split(","):
-            model, took = run(original, tokenizer, RUNGS[name], setting, arguments)
-            line = {
-                "setting": setting,
-                "rung": name,
-                "seed": arguments.seed,
-                **measure(model, windows, reference),
-                **took,
-                "threads": torch.get_num_threads(),
-                "machine": platform.processor() or platform.machine(),
-                "version": zp.__version__,
-            }
-            best = min(best, line["delta_nll"]["mean"])
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            d = line["delta_nll"]
-            print(
-                f"{setting:9} {name:20} delta NLL {d['mean']:+.4f} ({d['low']:+.4f} to "
-                f"{d['high']:+.4f})  KL {line['kl']:.4f}  top-1 {line['top1_agreement']:.3f}  "
-                f"{line['bits_per_linear_weight']:.3f} bits  {line['seconds']:.0f} s",
-                flush=True,
-            )
+            for seed in map(int, arguments.seeds.split(",")):
+                model, took = run(original, tokenizer, name, setting, arguments.tokens, seed)
+                found = {t: measure(model, texts[t], expected[t]) for t in texts}
+                line = {"setting": setting, "rung": name, "seed": seed, **took}
+                line |= found["reference manual"] | {"other_text": found["source code"]}
+                best = min(best, line["delta_nll"]["mean"])
+                append(RESULTS, [line], about)
+                show(line)
         target = TARGETS.get(setting)
         if target is not None and best > target:
             missed += 1
             print(f"{setting}: {best:.4f} misses the target of {target}", flush=True)
     return missed if arguments.targets else 0
+
+
+def show(line: dict[str, Any]) -> None:
+    """One line of the table."""
+    d, other = line["delta_nll"], line["other_text"]
+    print(
+        f"{line['setting']:9} {line['rung']:20} {line['seed']} delta NLL {d['mean']:+.4f} "
+        f"({d['low']:+.4f} to {d['high']:+.4f})  KL {line['kl']:.4f}  "
+        f"top-1 {line['top1_agreement']:.3f}  code {other['delta_nll']['mean']:+.4f}, "
+        f"KL {other['kl']:.4f}  {line['bits_per_linear_weight']:.3f} bits  "
+        f"{line['seconds']:.0f} s, peak {line['peak_rss_bytes'] / 1e9:.1f} GB",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
