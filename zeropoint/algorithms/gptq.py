@@ -268,7 +268,6 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor)
     parts = [
         _solved(*part, h, dtype)
         for part in zip(
-            w.split(at_once),
             (w @ h).split(at_once),
             levels.split(at_once),
             grid.scale.split(at_once),
@@ -278,10 +277,8 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor)
     return Grid(torch.cat(parts), grid.zero_point)
 
 
-def _solved(
-    w: Tensor, wh: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """The refitted scales of some rows. w, wh = w H, levels: (n, K); scale: (n, G), returned where
+def _solved(wh: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """The refitted scales of some rows. wh = w H, levels: (n, K); scale: (n, G), returned where
     better.
     """
     n, groups = scale.shape
@@ -294,16 +291,16 @@ def _solved(
     old = scale.double()
     # Tikhonov towards the old scales: a group whose codes are all zero says nothing about its own.
     ridge = 1e-6 * mean[:, None]
-    system = system + torch.diag_embed(ridge.expand(n, groups))
-    solved, info = torch.linalg.solve_ex(system, (right + ridge * old).unsqueeze(-1))
+    ridged = system + torch.diag_embed(ridge.expand(n, groups))
+    solved, info = torch.linalg.solve_ex(ridged, (right + ridge * old).unsqueeze(-1))
     new = solved.squeeze(-1)
     floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
     usable = torch.isfinite(new) & (new > floor) & (new < limit) & (info == 0)[:, None]
     stored = torch.where(usable, new, old).to(dtype)
 
-    def loss(scales: Tensor) -> Tensor:
-        error = w - (blocks * scales.float().unsqueeze(-1)).view(w.shape)
-        return ((error @ h) * error).sum(-1)
+    def loss(scales: Tensor) -> Tensor:  # but for w H w^T, which is the same for all
+        s = scales.double().unsqueeze(-1)
+        return ((system @ s - 2 * right.unsqueeze(-1)) * s).sum((1, 2))
 
     return torch.where((loss(stored) < loss(scale))[:, None], stored, scale)
 

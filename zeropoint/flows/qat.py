@@ -46,7 +46,7 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises from 0
 LAST_RATE = 0.1  # of the learning rate is left at the end of the cosine
 TUNING_BATCHES = 4  # of calibration data, at least: fewer say nothing about what is better
 TUNING_CHECKS = 8  # looks at the held-out data while scales are tuned
-TUNING_RATE, TUNING_SCALE_RATE = 1e-3, 1e-3  # of norms and biases, and of scales
+TUNING_RATE, TUNING_SCALE_RATE = 1e-3, 4e-3  # of norms and biases, and of scales
 
 
 @dataclass(frozen=True, kw_only=True)
