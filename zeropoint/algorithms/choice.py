@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from zeropoint.numerics import blocked
 from zeropoint.qtensor import QTensor
 
 
@@ -17,7 +18,9 @@ class Choice:
     algorithm: the one whose codes were kept; not the one asked for when `reason` says why.
     output_error: |(W - Q) X|^2 / |W X|^2 over the calibration inputs X, None without them.
     hessian_gain: tr(H) / tr(D), the most that error feedback can win over rounding (D: the pivots
-    of H). damping: share of mean(diag H) that was added to make H positive definite.
+    of H). limit_gain: tr(H) / (K det(H)^(1/K)), the most that feedback in any order and any
+    rotation of the columns can. gap_db: how far output_error is above `error_limit`, in dB.
+    damping: share of mean(diag H) that was added to make H positive definite.
     """
 
     weight: QTensor
@@ -25,7 +28,25 @@ class Choice:
     reason: str | None = None
     output_error: float | None = None
     hessian_gain: float | None = None
+    limit_gain: float | None = None
+    gap_db: float | None = None
     damping: float | None = None
+
+
+def error_limit(weight: QTensor, original: Tensor, hessian: Tensor, pivots: Tensor) -> float:
+    """The least relative output error that as many bits allow: 2^(-2R) GM(D) sum var / tr(W H W^T).
+
+    The rate-distortion function of Gaussian weights with a variance for each block, at the R bits
+    that a weight takes with its scales, in the norm of H at a high rate: GM(D) = det(H)^(1/K) is
+    the geometric mean of the pivots. original: (N, K) float; hessian: (K, K); pivots: (K,) > 0.
+    """
+    scheme = weight.scheme
+    bits = 8 * weight.nbytes / original.numel()
+    blocks = blocked(original.double(), scheme.granularity, scheme.group_size)
+    variance = blocks.var(-1, unbiased=False).sum() * blocks.shape[-1]
+    w = original.float()
+    total = ((w @ hessian.float()) * w).sum(dtype=torch.float64)
+    return float(2.0 ** (-2 * bits) * pivots.log().mean().exp() * variance / total)
 
 
 def output_error(weight: Tensor, image: Tensor, hessian: Tensor) -> float:

@@ -14,13 +14,14 @@ are refitted to the codes by least squares in the same norm.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zeropoint.algorithms.choice import Choice, measured
+from zeropoint.algorithms.choice import Choice, error_limit, measured
 from zeropoint.algorithms.rtn import rtn
 from zeropoint.algorithms.search import search, search_grid
 from zeropoint.numerics import (
@@ -112,9 +113,15 @@ def gptq(
         grid = _refit(weight, codes, grid, scheme, damped)
         codes = descend(weight, codes, grid, scheme, damped, permutation)
     found = Choice(weight=_stored(codes, grid, weight, scheme), algorithm="gptq")
+    found = _least(measured(found, weight, h), rounded)
+    limit = error_limit(found.weight, weight, h, factors.pivots)
+    assert found.output_error is not None
+    geometric_mean = factors.pivots.log().mean().exp()
     found = replace(
-        _least(measured(found, weight, h), rounded),
+        found,
         hessian_gain=float(h.diagonal().sum() / factors.pivots.sum()),
+        limit_gain=float(h.diagonal().mean() / geometric_mean),
+        gap_db=10 * math.log10(found.output_error / limit) if found.output_error > 0 else None,
         damping=factors.damping,
     )
     if factors.damping > DAMPING[0] and found.reason is None:

@@ -430,7 +430,9 @@ def _show_layers(screen: Screen, frozen: FreezeReport) -> None:
     """The layers whose output suffers most, and those not done by the algorithm asked for."""
     if not frozen.worst:
         return
-    result = table("worst layers", ">output lost", ">feedback can win", "by", "note")
+    result = table(
+        "worst layers", ">output lost", ">above the limit", ">feedback can win", "by", "note"
+    )
     for layer in frozen.worst[:WORST]:
         assert layer.output_error is not None
         notes = [layer.reason] if layer.reason else []
@@ -439,6 +441,7 @@ def _show_layers(screen: Screen, frozen: FreezeReport) -> None:
         result.add_row(
             layer.name,
             f"{layer.output_error:.2%}",
+            "" if layer.gap_db is None else f"{layer.gap_db:.1f} dB",
             "" if layer.hessian_gain is None else f"{layer.hessian_gain:.1f}x",
             layer.algorithm,
             "; ".join(notes),

@@ -68,6 +68,8 @@ class _Work:
             reason=choice.reason,
             output_error=choice.output_error,
             hessian_gain=choice.hessian_gain,
+            limit_gain=choice.limit_gain,
+            gap_db=choice.gap_db,
             damping=choice.damping,
             tokens=tokens,
             folded_into=folded,

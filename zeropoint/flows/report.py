@@ -34,9 +34,11 @@ class LayerReport:
 
     algorithm: the one whose codes were kept. reason: why not the one asked for, or what had to be
     done. output_error: |(W - Q) X|^2 / |W X|^2 over its calibration inputs X, None without them.
-    hessian_gain: tr(H) / tr(D), the most that error feedback can win over rounding. damping: share
-    of mean(diag H) added to H. tokens: calibration tokens that reached it. folded_into: the module
-    that absorbed the factors of its input channels, None where nothing could.
+    hessian_gain: tr(H) / tr(D), the most that error feedback can win over rounding. limit_gain: the
+    most that any order and rotation could. gap_db: how far the error is above the least that as
+    many bits allow (`algorithms.choice.error_limit`). damping: share of mean(diag H) added to H.
+    tokens: calibration tokens that reached it. folded_into: the module that absorbed the factors of
+    its input channels, None where nothing could.
     """
 
     name: str
@@ -44,6 +46,8 @@ class LayerReport:
     reason: str | None = None
     output_error: float | None = None
     hessian_gain: float | None = None
+    limit_gain: float | None = None
+    gap_db: float | None = None
     damping: float | None = None
     tokens: int = 0
     folded_into: str | None = None
