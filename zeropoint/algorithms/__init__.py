@@ -11,39 +11,39 @@ from typing import Literal
 
 from torch import Tensor
 
-from zeropoint.algorithms import gptq, rtn, search
-from zeropoint.algorithms.choice import Choice
+from zeropoint.algorithms import auto, gptq, rtn, search
+from zeropoint.algorithms.choice import Choice, Moments
 from zeropoint.errors import UnknownNameError, nearest
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
-Statistics = Literal["nothing", "hessian"]
+Needs = Literal["nothing", "inputs", "unseen inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
     """One row of the table.
 
-    find: (weight (N, K), statistics or None, scheme) -> Choice, pure. needs: the statistics:
-    nothing, or the Hessian (K, K) of the inputs, which takes calibration data.
+    find: (weight (N, K), moments of its inputs or None, scheme) -> Choice, pure. needs: nothing, or
+    the moments, which take calibration data.
     """
 
     name: str
-    find: Callable[[Tensor, Tensor | None, Scheme], Choice]
-    needs: Statistics
+    find: Callable[[Tensor, Moments | None, Scheme], Choice]
+    needs: Needs
     summary: str
 
-    def choose(self, weight: Tensor, statistics: Tensor | None, scheme: Scheme) -> Choice:
+    def choose(self, weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:
         """`find`, then scales in 8 bits where the scheme says so: codes are chosen before that, as
         bitsandbytes does.
         """
         plain = replace(scheme.stored, double_quant=False)
-        choice = self.find(weight, statistics, plain)
+        choice = self.find(weight, moments, plain)
         return replace(choice, weight=choice.weight.with_scheme(scheme.stored))
 
-    def __call__(self, weight: Tensor, scheme: Scheme, statistics: Tensor | None = None) -> QTensor:
+    def __call__(self, weight: Tensor, scheme: Scheme, moments: Moments | None = None) -> QTensor:
         """Only the codes."""
-        return self.choose(weight, statistics, scheme).weight
+        return self.choose(weight, moments, scheme).weight
 
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -64,8 +64,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         Algorithm(
             name="gptq",
             find=gptq.choose,
-            needs="hessian",
+            needs="inputs",
             summary="feed rounding errors forward, weighted by calibration inputs",
+        ),
+        Algorithm(
+            name="auto",
+            find=auto.choose,
+            needs="unseen inputs",
+            summary="for each weight, what loses least on inputs that were kept back",
         ),
     )
 }

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zeropoint.numerics import blocked
 from zeropoint.qtensor import QTensor
+
+
+class Moments(NamedTuple):
+    """Second moments of a layer's inputs, (K, K) float64: means of x x^T. seen: of the inputs that
+    codes may be fitted to. unseen: of others, to judge them by; None where none were kept back.
+    """
+
+    seen: Tensor
+    unseen: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

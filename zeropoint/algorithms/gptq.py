@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zeropoint.algorithms.choice import Choice, error_limit, measured
+from zeropoint.algorithms.choice import Choice, Moments, error_limit, measured
 from zeropoint.algorithms.rtn import rtn
 from zeropoint.algorithms.search import search, search_grid
 from zeropoint.numerics import (
@@ -129,13 +129,13 @@ def gptq(
     return found
 
 
-def choose(weight: Tensor, hessian: Tensor | None, scheme: Scheme) -> Choice:
+def choose(weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:
     """`gptq` as a row of the table; without a Hessian, a searched grid."""
-    if hessian is None:
+    if moments is None:
         return Choice(
             weight=search(weight, scheme), algorithm="mse", reason="no calibration data reached it"
         )
-    return gptq(weight, hessian, scheme)
+    return gptq(weight, moments.seen, scheme)
 
 
 def _problem(h: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from zeropoint import native
-from zeropoint.algorithms.choice import Choice
+from zeropoint.algorithms.choice import Choice, Moments
 from zeropoint.qtensor import QTensor, quantized
 from zeropoint.scheme import Scheme
 
@@ -26,6 +26,6 @@ def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
     return QTensor.from_codes(quantized(weight, scheme), scheme, weight.dtype)
 
 
-def choose(weight: Tensor, hessian: Tensor | None, scheme: Scheme) -> Choice:
+def choose(weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:
     """`rtn` as a row of the table."""
     return Choice(weight=rtn(weight, scheme), algorithm="rtn")

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from zeropoint.algorithms.choice import Choice
+from zeropoint.algorithms.choice import Choice, Moments
 from zeropoint.algorithms.rtn import rtn
 from zeropoint.numerics import (
     Format,
@@ -65,7 +65,7 @@ def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> 
     return QTensor.from_codes(quantized, scheme, weight.dtype)
 
 
-def choose(weight: Tensor, hessian: Tensor | None, scheme: Scheme) -> Choice:
+def choose(weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:
     """`search` as a row of the table; the data-free algorithm `mse`."""
     return Choice(weight=search(weight, scheme), algorithm="mse")
 

@@ -76,7 +76,7 @@ def quantize(
         str,
         typer.Option(
             metavar="NAME",
-            help="How codes are chosen: rtn (fastest), mse (no data), gptq (calibrated).",
+            help="How codes are chosen: rtn (fastest), mse (no data), gptq or auto (calibrated).",
         ),
     ] = "rtn",
     data: Annotated[

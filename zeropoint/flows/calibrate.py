@@ -12,6 +12,7 @@ of the block and a second stream of hidden states when errors are propagated).
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from zeropoint.algorithms import Algorithm
-from zeropoint.algorithms.choice import Choice, measured
+from zeropoint.algorithms.choice import Choice, Moments, measured
 from zeropoint.algorithms.fold import helps, propagated
 from zeropoint.algorithms.search import search
 from zeropoint.errors import ZeropointError
@@ -30,13 +31,15 @@ from zeropoint.flows.balance import balance_block, one_example
 from zeropoint.flows.data import Calibration, Prepared
 from zeropoint.flows.report import LayerReport
 from zeropoint.model import capture, graph
-from zeropoint.model.capture import Stream, tokens_of
+from zeropoint.model.capture import Batch, Stream, tokens_of
 from zeropoint.model.replace import replace_module
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QModule
 from zeropoint.observers import CrossObserver, HessianObserver
 from zeropoint.progress import OnStep
 from zeropoint.qtensor import QTensor
+
+KEPT_BACK = 1 / 8  # of the batches, where an algorithm judges codes by inputs it has not seen
 
 
 @dataclass
@@ -144,7 +147,7 @@ def _install(work: _Work, module: nn.Module) -> None:
 
 
 def _choose(
-    work: _Work, modules: list[nn.Module], weights: list[Tensor], hessian: Tensor | None
+    work: _Work, modules: list[nn.Module], weights: list[Tensor], moments: Moments | None
 ) -> list[Choice]:
     """One choice for each module. Several of one scheme are chosen as one weight of all their rows:
     rows do not know of each other, and a column of 3072 rows costs little more than one of 192.
@@ -153,7 +156,7 @@ def _choose(
     scheme = replace(work.live[modules[0]][0].scheme, double_quant=False)
     name = " + ".join(f"{work.live[m][1][0]}.weight" for m in modules)
     try:
-        choice = work.algorithm.choose(torch.cat(weights), hessian, scheme)
+        choice = work.algorithm.choose(torch.cat(weights), moments, scheme)
     except ZeropointError as e:
         raise type(e)(f"{name}: {e}") from e
     if len(modules) == 1:
@@ -165,7 +168,10 @@ def _choose(
         strict=True,
     ):
         part = replace(choice, weight=choice.weight.rows(rows.to(weight.device)))
-        choices.append(part if hessian is None else measured(part, weight, hessian))
+        judge = (
+            None if moments is None else moments.seen if moments.unseen is None else moments.unseen
+        )
+        choices.append(part if judge is None else measured(part, weight, judge))
     return choices
 
 
@@ -275,15 +281,15 @@ def _block(
         mine = [m for m in group if m in targets]
         if not mine:
             continue
-        hessian, cross, tokens = _statistics(
-            group[0], names[group[0]], index, block, reference, stream, original
+        moments, cross, tokens = _statistics(
+            work, group[0], names[group[0]], index, block, reference, stream, original
         )
         for alike in _alike(work, mine):
             weights = [work.live[m][0].float_weight().detach().float() for m in alike]
-            if cross is not None and hessian is not None:
+            if cross is not None and moments is not None:
                 share = work.options.propagate
-                weights = [propagated(w, hessian, cross, share) for w in weights]
-            choices = _choose(work, alike, weights, hessian)
+                weights = [propagated(w, moments.seen, cross, share) for w in weights]
+            choices = _choose(work, alike, weights, moments)
             for module, choice in zip(alike, choices, strict=True):
                 dtype = dtypes[f"{names[module]}.weight"]
                 choice = replace(choice, weight=replace(choice.weight, dtype=dtype))
@@ -325,7 +331,15 @@ def _use_image(module: nn.Module, qweight: QTensor) -> None:
     module.weight = nn.Parameter(layout, requires_grad=False)
 
 
+def _kept_back(work: _Work, batches: int) -> int:
+    """How many of the batches, the last ones, only judge codes and are not fitted to."""
+    if work.algorithm.needs != "unseen inputs":
+        return 0
+    return min(batches - 1, math.ceil(KEPT_BACK * batches))
+
+
 def _statistics(
+    work: _Work,
     module: nn.Module,
     name: str,
     index: int,
@@ -333,30 +347,32 @@ def _statistics(
     reference: nn.Module | None,
     stream: Stream,
     original: Stream | None,
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """Hessian of the layer's inputs, their drift from the original model's, and their number.
+) -> tuple[Moments | None, Tensor | None, int]:
+    """Moments of the layer's inputs, their drift from the original model's, and their number.
 
     None where no token reached the layer.
     """
     columns = graph.matrix(module).shape[1]
     device = graph.matrix(module).device
-    observer = HessianObserver(columns, device)
+    observers = HessianObserver(columns, device), HessianObserver(columns, device)
     cross = CrossObserver(columns, device) if original is not None else None
+    fitted_to = len(stream.hidden) - _kept_back(work, len(stream.hidden))
     for i in range(len(stream.hidden)):
         x = capture.input_of(module, partial(stream.run, i, index, block))
         if x is None:
             continue
         keep = stream.keep[i]
-        observer.update(tokens_of(x, keep))
+        observers[i >= fitted_to].update(tokens_of(x, keep))
         if cross is not None and original is not None and reference is not None:
             twin = reference.get_submodule(name)
             y = capture.input_of(twin, partial(original.run, i, index, reference))
             if y is not None and y.shape == x.shape:
                 cross.update(tokens_of(y, keep), tokens_of(x, keep))
-    hessian, tokens = observer.result()
+    (seen, tokens), (unseen, others) = (observer.result() for observer in observers)
     if tokens == 0:
         return None, None, 0
-    return hessian, None if cross is None else cross.result(), tokens
+    moments = Moments(seen, unseen if others else None)
+    return moments, None if cross is None else cross.result(), tokens + others
 
 
 def _widen(stream: Stream) -> None:
@@ -405,24 +421,34 @@ def _rest(work: _Work) -> None:
     """Modules outside all chains, calibrated by hooks on the whole model, all in one pass."""
     left = [m for m, (live, _) in work.live.items() if not live.frozen]
     linears = [m for m in left if _pending(work, m)]
+    batches = work.prepared.batches
+    fitted_to = len(batches) - _kept_back(work, len(batches))
+    seen, unseen = (_observed(work, linears, b) for b in (batches[:fitted_to], batches[fitted_to:]))
+    for module in linears:
+        hessian, tokens = seen.pop(module).result()
+        judge, others = unseen.pop(module).result()
+        live, _ = work.live[module]
+        if _pending(work, module):
+            weight = live.float_weight().detach()
+            moments = Moments(hessian, judge if others else None) if tokens else None
+            (choice,) = _choose(work, [module], [weight], moments)
+            work.chosen[work.tie[module]] = (live, choice.weight)
+            work.report(module, choice, tokens + others, None)
+    for module in left:
+        _report_tied(work, module)
+        _install(work, module)
+
+
+def _observed(
+    work: _Work, linears: list[nn.Module], batches: list[Batch]
+) -> dict[nn.Module, HessianObserver]:
+    """Observers of the layers' inputs in runs of the whole model."""
     observers = {
         m: HessianObserver(graph.matrix(m).shape[1], graph.matrix(m).device) for m in linears
     }
     if linears:
-        capture.observe(
-            work.model, linears, work.prepared.batches, lambda m, x: observers[m].update(x)
-        )
-    for module in linears:
-        hessian, tokens = observers.pop(module).result()
-        live, _ = work.live[module]
-        if _pending(work, module):
-            weight = live.float_weight().detach()
-            (choice,) = _choose(work, [module], [weight], hessian if tokens else None)
-            work.chosen[work.tie[module]] = (live, choice.weight)
-            work.report(module, choice, tokens, None)
-    for module in left:
-        _report_tied(work, module)
-        _install(work, module)
+        capture.observe(work.model, linears, batches, lambda m, x: observers[m].update(x))
+    return observers
 
 
 def _report_tied(work: _Work, module: nn.Module) -> None:
