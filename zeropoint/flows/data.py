@@ -77,7 +77,7 @@ def _not_a_context() -> NoReturn:
 EFFORTS = {
     "low": Calibration(tokens=4096),
     "medium": Calibration(),
-    "high": Calibration(tune_steps=120),
+    "high": Calibration(tune_steps=60),
 }
 """How much work a calibrated algorithm does. docs/algorithms.md has what each costs and wins."""
 
