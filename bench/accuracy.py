@@ -28,7 +28,6 @@ from _common import append, circumstances
 from torch import Tensor, nn
 
 import zeropoint as zp
-from zeropoint.evaluate.memory import peak_rss_bytes
 from zeropoint.evaluate.statistics import TokenDistances, block_bootstrap, token_distances
 from zeropoint.evaluate.text import calibration_text, evaluation_text
 from zeropoint.flows.data import EFFORTS
@@ -176,7 +175,6 @@ def run(
         return model, {
             "seconds": round(time.perf_counter() - start, 1),
             "bits_per_linear_weight": bits,
-            "peak_rss_bytes": peak_rss_bytes(),
         }
     rung = RUNGS[name]
     zp.quantize(model, **scheme)
@@ -196,7 +194,6 @@ def run(
     gains = [x.hessian_gain for x in report.layers if x.hessian_gain is not None]
     return model, {
         "seconds": round(seconds, 1),
-        "peak_rss_bytes": peak_rss_bytes(),
         "calibration": report.calibration,
         "calibration_tokens": report.tokens,
         "bytes": zp.footprint(model).total_bytes,
@@ -259,7 +256,7 @@ def show(line: dict[str, Any]) -> None:
         f"({d['low']:+.4f} to {d['high']:+.4f})  KL {line['kl']:.4f}  "
         f"top-1 {line['top1_agreement']:.3f}  code {other['delta_nll']['mean']:+.4f}, "
         f"KL {other['kl']:.4f}  {line['bits_per_linear_weight']:.3f} bits  "
-        f"{line['seconds']:.0f} s, peak {line['peak_rss_bytes'] / 1e9:.1f} GB",
+        f"{line['seconds']:.0f} s",
         flush=True,
     )
 
