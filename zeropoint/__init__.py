@@ -61,7 +61,6 @@ __all__ = [
 
 if TYPE_CHECKING:
     from zeropoint import numerics, plot
-    from zeropoint.checkpoints.native import verify
     from zeropoint.errors import ZeropointError
     from zeropoint.evaluate.compare import Comparison, compare
     from zeropoint.evaluate.footprint import Footprint, footprint
@@ -76,6 +75,7 @@ if TYPE_CHECKING:
     from zeropoint.flows.qat import Training, finetune
     from zeropoint.flows.report import Report, TrainingReport
     from zeropoint.flows.stream import compress
+    from zeropoint.flows.verify import verify
     from zeropoint.integrations.config import ZeropointConfig
     from zeropoint.integrations.load import load
     from zeropoint.integrations.peft import loftq_init
@@ -123,7 +123,7 @@ _HOMES = {
     "release": "zeropoint.evaluate.memory",
     "resize_token_embeddings": "zeropoint.model.embeddings",
     "save": "zeropoint.model.save",
-    "verify": "zeropoint.checkpoints.native",
+    "verify": "zeropoint.flows.verify",
 }
 _MODULES = {
     "formats": "zeropoint.numerics.formats",

@@ -77,7 +77,7 @@ RUNS: dict[str, Callable[[Path, Path, Path, Path], tuple[object, ...]]] = {
         *("bench", int8, "--prompt-tokens", 4, "--new-tokens", 2),
     ),
     "bench --load": lambda llama, int8, words, out: ("bench", llama, "--load"),
-    "verify": lambda llama, int8, words, out: ("verify", int8),
+    "verify": lambda llama, int8, words, out: ("verify", int8, "--against", llama),
     "doctor": lambda llama, int8, words, out: ("doctor",),
 }
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from cli.conftest import Cli
+from tests.models import build
 
 
 def _flip_a_bit(path: Path) -> None:
@@ -69,6 +73,28 @@ def test_what_is_no_checkpoint(cli: Cli, llama: Path) -> None:
     ran = cli("verify", llama / "missing")
     assert ran.code == 2
     assert "is not a folder" in ran.err
+
+
+def test_against_its_source_and_another_model(cli: Cli, checkpoint: Path, llama: Path) -> None:
+    ran = cli("verify", checkpoint, "--against", llama)
+    assert ran.code == 0
+    assert f"21 tensors are those of {llama}; most is lost: 0." in ran.out
+    build("llama", seed=1).save_pretrained(llama.parent / "other")
+    ran = cli("verify", checkpoint, "--against", llama.parent / "other")
+    assert ran.code == 1
+    assert "is not sound: 21 problems" in ran.out
+    assert "model.norm.weight was not quantized, and differs from the source's" in ran.out
+
+
+def test_another_librarys_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "squeeze"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a.codes": torch.zeros(3)}, tmp_path / "model.safetensors")
+    ran = cli("verify", tmp_path)
+    assert (ran.code, ran.out) == (0, f"{tmp_path} is sound: 1 files, 1 tensors\n")
+    assert "warning: not checked: quant_method 'squeeze' is not known" in ran.err
+    data = cli("verify", tmp_path, "--json", "-").json
+    assert data["method"] == "squeeze" and len(data["unchecked"]) == 2 and data["compared"] is None
 
 
 def test_a_damaged_checkpoint_is_not_run(cli: Cli, checkpoint: Path) -> None:

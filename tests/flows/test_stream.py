@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -257,6 +258,7 @@ def test_another_process_is_not_disturbed(folder, tmp_path, monkeypatch, fresh):
             zp.compress(folder, tmp_path / "out")
     before = files(tmp_path / ".out.unfinished" / "checkpoint")
     job = stream.prepare(folder, {"weights": "int8"})
+    job = replace(job, contents=replace(job.contents, algorithm="rtn"))
     identity = stream._identity(job, stream.get_algorithm("rtn"))
     running = stream.Journal(tmp_path / ".out.unfinished" / "journal.jsonl", identity)
     with pytest.raises(CheckpointError, match="written by another process"):

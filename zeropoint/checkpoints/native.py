@@ -53,7 +53,8 @@ _SUFFIXES = ("", "_scale", "_zero_point")
 class Contents:
     """A checkpoint's tensors. qweights, tensors: by their full names. tied: other name -> name it
     shares storage with. inputs: by layer, where the static range of its input comes from. carried:
-    those of `tensors` that the model does not have; they were in its float checkpoint.
+    those of `tensors` that the model does not have; they were in its float checkpoint. algorithm:
+    how all codes were chosen, None where that is not known.
     """
 
     qweights: Mapping[str, QTensor]
@@ -63,6 +64,7 @@ class Contents:
     config: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     carried: tuple[str, ...] = ()
+    algorithm: str | None = None
 
 
 # --- writing ---
@@ -209,6 +211,8 @@ def _manifest(contents: Contents) -> dict[str, Any]:
         manifest["inputs"] = {name: dict(row) for name, row in contents.inputs.items()}
     if contents.carried:
         manifest["carried"] = list(contents.carried)
+    if contents.algorithm is not None:
+        manifest["algorithm"] = contents.algorithm
     return manifest
 
 
@@ -268,7 +272,16 @@ def read(path: Path) -> Contents:
     with ThreadPoolExecutor(_HASHERS) as pool:
         files = manifest["files"]
         problems = list(pool.map(lambda file: _file_problem(path, file, files[file]), files))
-    stored = _checked(path, problems, manifest)
+    return _contents(path, manifest, _checked(path, problems, manifest))
+
+
+def read_verified(path: Path) -> Contents:
+    """As `read`, of a checkpoint whose hashes `verify` has just computed."""
+    manifest = _read_manifest(path)
+    return _contents(path, manifest, _read_tensors(path, _tensor_files(path, manifest)))
+
+
+def _contents(path: Path, manifest: Mapping[str, Any], stored: dict[str, Tensor]) -> Contents:
     try:
         qweights = {name: _qtensor(name, row, stored) for name, row in manifest["weights"].items()}
         tensors = {name: _tensor(name, row, stored) for name, row in manifest["tensors"].items()}
@@ -285,6 +298,7 @@ def read(path: Path) -> Contents:
         config=config,
         inputs=manifest.get("inputs", {}),
         carried=tuple(manifest.get("carried", ())),
+        algorithm=manifest.get("algorithm"),
     )
 
 
@@ -421,6 +435,9 @@ def _parsed(path: Path, manifest: dict[str, Any], optional: tuple[str, ...]) -> 
     problem = _inputs_problem(manifest.get("inputs", {}))
     if problem is not None:
         raise CheckpointError(f"{path}: {problem}")
+    algorithm = manifest.get("algorithm", "")
+    if not isinstance(algorithm, str):
+        raise CheckpointError(f"{path}: its 'algorithm' is {algorithm!r}, which is no name")
     return manifest
 
 

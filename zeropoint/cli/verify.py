@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,15 +9,28 @@ from typing import Annotated
 import typer
 
 from zeropoint.cli.options import Debug, Json
-from zeropoint.cli.screen import Screen
+from zeropoint.cli.screen import Screen, silence_libraries
 
 UNSOUND = 1
 
 
 def verify(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A zeropoint checkpoint.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A zeropoint checkpoint, or a quantized one of another library.",
+            show_default=False,
+        ),
     ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The float model it was made of: compare every tensor with it, too.",
+            show_default=False,
+        ),
+    ] = None,
     json_to: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -29,39 +41,45 @@ def verify(
     start = time.perf_counter()
     screen = Screen(json_to)
     with screen.spinner("starting"):
-        from zeropoint.checkpoints import native
+        from zeropoint.flows.verify import examine
+
+        silence_libraries()
     with screen.progress("verifying") as on_step:
-        problems = native.verify(directory, on_step=on_step)
-    files, tensors = _sizes(directory / native.MANIFEST)
+        found = examine(directory, against=against, on_step=on_step)
+    alike = found.likeness
     screen.json(
         {
             "directory": str(directory),
-            "sound": not problems,
-            "files": files,
-            "tensors": tensors,
-            "problems": problems,
+            "method": found.method,
+            "sound": not found.problems,
+            "files": found.files,
+            "tensors": found.tensors,
+            "problems": found.problems,
+            "checked": found.checked,
+            "unchecked": found.unchecked,
+            "against": against,
+            "compared": None if alike is None else alike.compared,
+            "largest_error": None if alike is None else alike.largest_error,
+            "largest_error_of": None if alike is None else alike.largest_error_of,
+            "balanced": [] if alike is None else alike.balanced,
             "seconds": time.perf_counter() - start,
         }
     )
-    if not problems:
+    for what in found.unchecked:
+        screen.warn(f"not checked: {what}")
+    if not found.problems:
         screen.line(
             (str(directory), "bold"),
             " is ",
             ("sound", "bold green"),
-            f": {files} files, {tensors} tensors",
+            f": {found.files} files, {found.tensors} tensors",
         )
+        if alike is not None:
+            most = f"{alike.largest_error:.2%} of {alike.largest_error_of}"
+            screen.line(f"{alike.compared} tensors are those of {against}; most is lost: {most}")
         return
-    count = f"{len(problems)} problem" + ("s" if len(problems) > 1 else "")
+    count = f"{len(found.problems)} problem" + ("s" if len(found.problems) > 1 else "")
     screen.line((str(directory), "bold"), " is ", ("not sound", "bold red"), f": {count}")
-    for problem in problems:
+    for problem in found.problems:
         screen.line("  ", problem)
     raise typer.Exit(UNSOUND)
-
-
-def _sizes(manifest: Path) -> tuple[int | None, int | None]:
-    """Numbers of files and tensors that the manifest lists; None where it is too damaged."""
-    try:
-        listed = json.loads(manifest.read_text(encoding="utf-8"))
-        return len(listed["files"]), len(listed["weights"]) + len(listed["tensors"])
-    except (ValueError, KeyError, TypeError):
-        return None, None

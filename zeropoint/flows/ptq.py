@@ -36,7 +36,7 @@ from zeropoint.flows.report import FreezeReport, LayerReport, ModuleReport, Repo
 from zeropoint.kernels.select import choose
 from zeropoint.kernels.spec import Spec
 from zeropoint.model.replace import replace_module
-from zeropoint.model.save import remember_recipe
+from zeropoint.model.save import remember_algorithm, remember_recipe
 from zeropoint.model.walk import (
     Site,
     is_quantized,
@@ -222,7 +222,10 @@ def freeze(
                 f"algorithm={algorithm!r} uses no calibration data; leave data, effort and "
                 f"calibration out, or use {' or '.join(repr(n) for n in known)}"
             )
-        return FreezeReport(algorithm=algorithm, layers=_freeze_each(live, chosen, on_step))
+        report = FreezeReport(algorithm=algorithm, layers=_freeze_each(live, chosen, on_step))
+        one_way = len(live) == len(modules) and learned is None
+        remember_algorithm(model, algorithm if one_way else None)
+        return report
     static = [n for n, m in live.items() if isinstance(m, QLinear) and m.input_scale is not None]
     if static:
         raise StateError(
@@ -246,6 +249,7 @@ def freeze(
             tuning = tune(model, teacher, prepared, options, on_step)
         except RecipeError as e:
             warnings.append(f"nothing was tuned: {e}")
+    remember_algorithm(model, algorithm if len(live) == len(modules) else None)
     return FreezeReport(
         algorithm=algorithm,
         layers=tuple(layers),

@@ -112,6 +112,7 @@ def compress(
     out = Path(os.path.abspath(out))
     check_writable(out, lambda existing: native.why_not_replace(existing, overwrite))
     job = prepare(local_folder(resolve(source)), options, recipe=recipe, strict=strict, task=task)
+    job = replace(job, contents=replace(job.contents, algorithm=chosen.name))
     _run(job, chosen, out, fresh=fresh, workers=workers, on_step=on_step)
     return job.report
 

@@ -34,7 +34,7 @@ from zeropoint.model.heads import restore_pruned
 from zeropoint.model.lazy_rows import LazyRows
 from zeropoint.model.load import expect_inputs, install
 from zeropoint.model.pages import collect, drop_pages, own_memory, trim
-from zeropoint.model.save import contents_of, remember_recipe
+from zeropoint.model.save import contents_of, remember_algorithm, remember_recipe
 from zeropoint.model.walk import named_modules, quantized_modules, weight_sites
 from zeropoint.nn import QModule, quantized_type
 from zeropoint.qtensor import QTensor
@@ -59,6 +59,7 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
         self._device_map: Any = None
         self._garbage = 0
         self._dtype: torch.dtype | None = None
+        self._chosen_by: str | None = quantization_config.algorithm
 
     # --- loading ---
 
@@ -95,6 +96,7 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
     def _expect_checkpoint(self, model: Any, files: list[str]) -> None:
         manifest = native.read_header([Path(f) for f in files])
         folder = Path(files[0]).parent
+        self._chosen_by = manifest.get("algorithm")
         weights = native.empty_weights(manifest)
         if self._dtype is not None:
             weights = {name: replace(w, dtype=self._dtype) for name, w in weights.items()}
@@ -145,6 +147,7 @@ class ZeropointQuantizer(HfQuantizer):  # type: ignore[misc]
                 own_memory(module)
         model._weight_conversions = []  # codes cannot be split or merged: saved as they are named
         remember_recipe(model, self.quantization_config.recipe)
+        remember_algorithm(model, self._chosen_by)
         if self._device_map is not None:
             place(model, self._device_map)
         return model

@@ -20,7 +20,7 @@ from zeropoint.model.heads import restore_pruned
 from zeropoint.model.lazy_rows import make_whole
 from zeropoint.model.pages import collect
 from zeropoint.model.replace import replace_module
-from zeropoint.model.save import remember_recipe
+from zeropoint.model.save import remember_algorithm, remember_recipe
 from zeropoint.model.source import Source, resolve
 from zeropoint.model.walk import named_modules, quantized_modules
 from zeropoint.nn import QLinear, QModule, quantized_type
@@ -297,10 +297,11 @@ def _load_native(path: Path, task: str | None, model: nn.Module | None) -> nn.Mo
     the stored tensors.
     """
     contents = native.read(path)
-    skeleton = _skeleton(path, contents.config, task) if model is None else model
+    skeleton = float_counterpart(path, contents.config, task) if model is None else model
     install(path, skeleton, contents.qweights, contents.tied)
     _fill(path, skeleton, contents)
     remember_recipe(skeleton, contents.recipe)
+    remember_algorithm(skeleton, contents.algorithm)
     return skeleton
 
 
@@ -365,7 +366,11 @@ def _cast(model: nn.Module, dtype: torch.dtype | None) -> None:
         model.config.dtype = dtype
 
 
-def _skeleton(path: Path, config: Any, task: str | None) -> nn.Module:
+def float_counterpart(path: Path, config: Any, task: str | None) -> nn.Module:
+    """The float model of a zeropoint checkpoint, its parameters on the meta device.
+
+    config: what its config.json holds. Raises SourceError.
+    """
     from transformers import AutoConfig
 
     if "model_type" not in config:

@@ -18,10 +18,15 @@ from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Recipe, Rule
 
 _RECIPE = "_zeropoint_recipe"
+_ALGORITHM = "_zeropoint_algorithm"
 
 
 def remember_recipe(model: nn.Module, recipe: Recipe | None) -> None:
-    """Keep the recipe on the model (None forgets it), so that it can be saved. In place."""
+    """Keep the recipe on the model (None forgets it), so that it can be saved. In place.
+
+    Nobody has chosen codes by it yet: the algorithm is forgotten.
+    """
+    remember_algorithm(model, None)
     if recipe is not None:
         setattr(model, _RECIPE, recipe)
     elif hasattr(model, _RECIPE):
@@ -31,6 +36,14 @@ def remember_recipe(model: nn.Module, recipe: Recipe | None) -> None:
             framework.adopt(model, recipe)
         else:
             framework.release(model)
+
+
+def remember_algorithm(model: nn.Module, name: str | None) -> None:
+    """Keep how all codes of the model were chosen; None: unknown, or in several ways. In place."""
+    if name is not None:
+        setattr(model, _ALGORITHM, name)
+    elif hasattr(model, _ALGORITHM):
+        delattr(model, _ALGORITHM)
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -111,6 +124,7 @@ def contents_of(model: nn.Module) -> native.Contents:
             for module, names in modules.items()
             if isinstance(module, QLinear) and module.input_range is not None
         },
+        algorithm=getattr(model, _ALGORITHM, None),
     )
 
 
