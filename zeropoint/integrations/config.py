@@ -20,6 +20,7 @@ _OPTIONS = (
     "weights",
     "group_size",
     "symmetric",
+    "float_zero_point",
     "double_quant",
     "activations",
     "outlier_threshold",
@@ -43,6 +44,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         group_size: int | None = None,
         symmetric: bool | None = None,
+        float_zero_point: bool | None = None,
         double_quant: bool | None = None,
         activations: str | None = None,
         outlier_threshold: float | None = None,
@@ -76,6 +78,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.weights = weights
         self.group_size = group_size
         self.symmetric = symmetric
+        self.float_zero_point = float_zero_point
         self.double_quant = double_quant
         self.activations = activations
         self.outlier_threshold = outlier_threshold

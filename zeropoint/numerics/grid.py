@@ -15,7 +15,7 @@ from zeropoint.numerics.formats import Format
 
 
 class Grid(NamedTuple):
-    """scale: (R, G) of the stored dtype, > 0. zero_point: (R, G) int8 or None."""
+    """scale: (R, G) of the stored dtype, > 0. zero_point: (R, G) int8, float16 or None."""
 
     scale: Tensor
     zero_point: Tensor | None
