@@ -116,7 +116,7 @@ def hqq_config():
     ("config", "scheme"),
     [
         (lambda: QuantoConfig(weights="int4"), "int4 g32 asymmetric"),
-        (hqq_config, "int4 g64 asymmetric"),
+        (hqq_config, "int4 g64 float zero point"),
     ],
     ids=["quanto", "hqq"],
 )

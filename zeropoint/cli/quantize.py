@@ -80,7 +80,7 @@ def quantize(
         str,
         typer.Option(
             metavar="NAME",
-            help="How codes are chosen: rtn (fastest), mse (no data), gptq (calibrated).",
+            help="How codes are chosen: rtn (fastest), mse, hqq (no data), gptq (calibrated).",
         ),
     ] = "rtn",
     data: Annotated[

@@ -79,9 +79,9 @@ def compress(
     """Quantize a checkpoint that may be larger than memory into another one.
 
     source: a folder of safetensors, or a hub id. out: the folder to write. weights to strict: as
-    `zp.quantize` takes them. algorithm: "rtn" or "mse". task: as `zp.load` takes it. overwrite:
-    replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized and written
-    at the same time.
+    `zp.quantize` takes them. algorithm: "rtn", "mse" or "hqq". task: as `zp.load` takes it.
+    overwrite: replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized
+    and written at the same time.
 
     A run that ended early left what it had done beside `out`, and the same call goes on with it;
     the result is the same, byte by byte. fresh: start over instead. Files of the source that hold

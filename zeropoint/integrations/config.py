@@ -35,7 +35,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     weights to exclude, recipe, strict: as `zp.quantize` takes them. modules_to_not_convert: another
     name of exclude; like it, it adds to what is kept anyway. algorithm: one that needs no
-    calibration data ("rtn", "mse"). Raises RecipeError, UnknownNameError.
+    calibration data ("rtn", "mse", "hqq"). Raises RecipeError, UnknownNameError.
     """
 
     def __init__(
