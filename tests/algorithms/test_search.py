@@ -51,6 +51,25 @@ def test_on_a_gaussian_it_reaches_the_known_error(name, mse):
 
 @pytest.mark.parametrize(
     ("name", "group_size", "mse"),
+    [("int4", 128, 0.0093), ("int4", 32, 0.0066), ("int3", 128, 0.0347)],
+)
+def test_a_scale_of_either_sign_reaches_the_known_error_of_a_full_range(name, group_size, mse):
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    found = search(weight, Scheme.of(name, group_size=group_size, symmetric=True))
+    assert loss(found, weight) / weight.numel() < 1.02 * mse
+    negative = (found.scale < 0).float().mean()
+    assert 0.4 < negative < 0.6, "the largest value is above 0 as often as below"
+
+
+def test_a_scale_of_either_sign_makes_a_weight_and_its_negative_alike():
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme.of("int3", group_size=32, symmetric=True)
+    one, other = search(weight, scheme), search(-weight, scheme)
+    torch.testing.assert_close(loss(one, weight), loss(other, -weight), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "mse"),
     [("int4", 32, 0.0049), ("int3", 32, 0.0219), ("int2", 32, 0.099), ("int2", 128, 0.110)],
     ids=str,
 )
@@ -77,7 +96,8 @@ def test_a_float_zero_point_does_not_care_where_zero_is():
 def test_scales_are_positive_and_zero_points_are_codes_or_finite_floats(scheme):
     q = search(example_weight(), scheme, torch.linspace(0, 1, 96))
     if q.scale is not None:
-        assert (q.scale > 0).all() and q.scale.isfinite().all()
+        signed = scheme.symmetric and scheme.fmt.signed_scale
+        assert ((q.scale > 0) | (signed & (q.scale < 0))).all() and q.scale.isfinite().all()
     if scheme.float_zero_point:
         assert q.zero_point.dtype == torch.float16 and q.zero_point.isfinite().all()
     elif q.zero_point is not None:

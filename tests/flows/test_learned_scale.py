@@ -30,6 +30,14 @@ FLOAT_ZEROS = zp.Recipe.from_yaml(
 )
 
 
+SIGNED = zp.Recipe.from_yaml(
+    """
+    rules:
+      - {match: '*', weights: int3, symmetric: true, learned_scale: true}
+    """
+)
+
+
 def live(recipe=None, **options):
     model = perceptron()
     options = options or {"weights": "int3"}
@@ -69,8 +77,9 @@ def test_scales_and_zero_points_are_parameters_that_start_on_the_best_grid():
         (None, "int3 g32 asymmetric"),
         (EVERYTHING, "int4 g32 asymmetric"),
         (FLOAT_ZEROS, "int3 g32 float zero point"),
+        (SIGNED, "int3 g32"),
     ],
-    ids=["linear layers", "tables too", "float zero points"],
+    ids=["linear layers", "tables too", "float zero points", "scales of either sign"],
 )
 def test_freezing_stores_what_the_forward_used(tmp_path, recipe, scheme):
     model = trained(live(recipe))

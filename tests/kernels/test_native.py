@@ -160,6 +160,17 @@ def test_float_zero_points_of_every_shape_and_batch_match_the_oracle(name, isa):
         assert (distance <= slack + 2.0**-23 * expected.abs()).all()
 
 
+@every_isa
+@pytest.mark.parametrize("name", [f.name for f in INTEGERS if f.signed_scale])
+def test_negative_scales_match_the_oracle(name, isa):
+    for i, weight in enumerate(weights(name, True)):
+        scale = weight.scale.clone()
+        scale.view(-1)[::2] *= -1
+        weight = dataclasses.replace(weight, scale=scale)
+        x = tokens(sum(BATCHES), weight.shape[1], DTYPES[i % 3])
+        assert_linear(in_batches(weight, x, None), x, weight, None, "native")
+
+
 @needs_library
 @PROPERTY
 @given(

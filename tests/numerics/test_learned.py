@@ -23,7 +23,10 @@ def case(name, options):
     blocks = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0))
     q = quantize(blocks.view(3, 32), name, group_size=16, **options)
     zero_point = None if q.zero_point is None else q.zero_point.float()
-    return blocks, q.scale.float() * 0.66, zero_point, fmt
+    scale = q.scale.float() * 0.66
+    if fmt.signed_scale and zero_point is None:
+        scale[:, 1] *= -1
+    return blocks, scale, zero_point, fmt
 
 
 def straight_through(rounded, x):

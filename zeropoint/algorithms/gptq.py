@@ -299,7 +299,8 @@ def _solved(w: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dt
     solved, info = torch.linalg.solve_ex(system, (right + ridge * old).unsqueeze(-1))
     new = solved.squeeze(-1)
     floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
-    usable = torch.isfinite(new) & (new > floor) & (new < limit) & (info == 0)[:, None]
+    usable = torch.isfinite(new) & (new.abs() > floor) & (new.abs() < limit) & (info == 0)[:, None]
+    usable &= new * old > 0  # a scale keeps its sign
     stored = torch.where(usable, new, old).to(dtype)
 
     def loss(scales: Tensor) -> Tensor:

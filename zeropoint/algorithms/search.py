@@ -6,7 +6,8 @@ Ranges are shrunk step by step; for each, the codes are fixed and (s, z) refitte
 squares, rounded to the stored dtype, and the codes chosen again (k-quants' make_qkx3, llama.cpp,
 whose stored minimum is -s z with a float z).
 The grid that spans the range is always a candidate, so the result is never worse than rounding in
-this norm. Scales are positive: the stored format has no sign for them.
+this norm. Symmetric grids of few codes are tried with both signs of s: they have one code more on
+one side of 0 (llama.cpp's Q4_0).
 """
 
 from __future__ import annotations
@@ -135,11 +136,14 @@ def _has_float_zero(grid: Grid) -> bool:
 
 
 def _shrunk(grid: Grid, share: float, fmt: Format, dtype: torch.dtype) -> list[Grid]:
-    """Grids of a share of the range: that around 0; with a float zero point, which has no such
-    middle, those that keep the lower end, the middle or the upper end where they are.
+    """Grids of a share of the range: that around 0, with either sign where a sign makes a
+    difference; with a float zero point, which has no such middle, those that keep the lower end,
+    the middle or the upper end where they are.
     """
     scale = round_scale(grid.scale.float() * share, dtype)
-    if grid.zero_point is None or not _has_float_zero(grid):
+    if grid.zero_point is None:
+        return [Grid(s, None) for s in ((scale, -scale) if fmt.signed_scale else (scale,))]
+    if not _has_float_zero(grid):
         return [Grid(scale, grid.zero_point)]
     wider = grid.scale.float() / scale.float()
     kept = (fmt.q_min, (fmt.q_min + fmt.q_max) / 2, fmt.q_max)  # s (code - z) stays what it is
@@ -198,5 +202,5 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
         sll, swl = sll - 2 * z * sl + z * z * sk, swl - z * sw
         zero_point = z.to(torch.int8)
     scale = swl / torch.where(sll > 0, sll, 1.0)
-    scale = torch.where((sll > 0) & (scale > 0), scale, grid.scale.float())
+    scale = torch.where((sll > 0) & (scale * grid.scale > 0), scale, grid.scale.float())
     return Grid(round_scale(scale, dtype), zero_point)

@@ -580,7 +580,9 @@ def _tensor_problems(path: Path, manifest: Mapping[str, Any], files: list[str]) 
             assert weight.scales is not None
             problems += _float_problems(f"{name}_scale", weight.scales, positive=False)
         else:
-            problems += _float_problems(f"{name}_scale", weight.scale, positive=True)
+            signed = weight.scheme.symmetric and weight.scheme.fmt.signed_scale
+            scale = weight.scale.abs() if signed else weight.scale
+            problems += _float_problems(f"{name}_scale", scale, positive=True)
         if weight.zero_point is not None:
             problems += _float_problems(f"{name}_zero_point", weight.zero_point, positive=False)
     for name, row in manifest["tensors"].items():

@@ -44,8 +44,9 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest positive number that `dtype` can hold and divide by. scale: any shape, float."""
-    return scale.clamp(SCALE_FLOOR[dtype], torch.finfo(dtype).max).to(dtype)
+    """The nearest number of its sign that `dtype` can hold and divide by. scale: (...) float."""
+    size = scale.abs().clamp(SCALE_FLOOR[dtype], torch.finfo(dtype).max)
+    return size.copysign(scale).to(dtype)
 
 
 def round_zero_point(zero_point: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ def stored_grid(
     float_zero_point: bool = False,
 ) -> Grid:
     """The grid as a checkpoint stores it. scale: (R, G) float; zero_point: (R, G) float or None."""
+    if not (fmt.signed_scale and zero_point is None):
+        scale = scale.clamp_min(0.0)
     if zero_point is not None and float_zero_point:
         zero_point = round_zero_point(zero_point)
     elif zero_point is not None:
