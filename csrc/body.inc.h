@@ -116,10 +116,15 @@ static inline float scale_of(const zp_weight& w, int64_t row, int64_t group) {
   return read_scale(*w.format, w.scale, row * w.format->scale_stride + group);
 }
 
+static inline float read_zero_point(const zp_format& f, const void* zero_point, int64_t i) {
+  return f.float_zero_point ? scalar_f16(((const uint16_t*)zero_point)[i]) : (float)((const int8_t*)zero_point)[i];
+}
+
 // What is subtracted from a stored code: it is unsigned on disk.
 static inline float offset_of(const zp_weight& w, int64_t row, int64_t group) {
   float half = (float)(1 << (w.format->bits - 1));
-  return w.zero_point ? half + (float)w.zero_point[row * w.format->scale_stride + group] : half;
+  if (!w.zero_point) return half;
+  return half + read_zero_point(*w.format, w.zero_point, row * w.format->scale_stride + group);
 }
 
 // e4m3fn is float16 with one exponent bit less, so its bits moved into float16's place are 2^-8 of the value; only its
@@ -303,6 +308,28 @@ static inline void block_scales(const Job& j, int64_t n, float* scale) {
   for (int64_t b = j.blocks; b < round_up(j.blocks, W); b++) scale[b] = 0;
 }
 
+// What to subtract for every block of a row: minus = scale * (2^(bits-1) + zero_point), and of whole vectors past them
+// 0.
+static inline void block_offsets(const Job& j, int64_t n, float half, const float* scale, float* minus) {
+  const zp_format& f = *j.format;
+  int64_t at = n * f.scale_stride, per_group = f.group_size / j.block, b = 0;
+  auto put = [&](F zero_point) INLINE { store(minus + b, mul(add(zero_point, set1(half)), load(scale + b))); };
+  if (!j.zero_point) {
+    for (; b < j.blocks; b += W) put(zero());
+  } else if (per_group == 1 && f.float_zero_point) {
+    const uint16_t* z = (const uint16_t*)j.zero_point + at;
+    for (; b + W <= j.blocks; b += W) put(load_f16(z + b));
+    if (b < j.blocks) put(load_f16_part(z + b, j.blocks - b));
+  } else if (per_group == 1) {
+    const int8_t* z = (const int8_t*)j.zero_point + at;
+    for (; b + W <= j.blocks; b += W) put(load_i8(z + b));
+    if (b < j.blocks) put(load_i8_part(z + b, j.blocks - b));
+  } else {
+    for (; b < j.blocks; b++) minus[b] = scale[b] * (half + read_zero_point(f, j.zero_point, at + b / per_group));
+    for (; b < round_up(j.blocks, W); b++) minus[b] = 0;
+  }
+}
+
 // Rows [n0, n1) times MR tokens from m0 on.
 template <int BITS, int P, int MR>
 static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scratch) {
@@ -311,7 +338,6 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
   const zp_weight w = {&f, j.packed, j.scale, j.zero_point};
   int64_t chunks = (f.k + CHUNK - 1) / CHUNK, last = j.row_bytes - (chunks - 1) * CHUNK_BYTES;
   bool by_row = f.group_size >= f.k;  // one scale: applied at the end
-  int64_t per_group = f.group_size / j.block;
   int64_t stride = round_up(j.blocks, W) + PAD;
   Token t[MR];
   const float* factor[MR];
@@ -333,18 +359,7 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
       unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
     } else {  // factor = scale * x_scale; correction = sum of scale * offset * x_sum
       block_scales(j, n, scale);
-      const int8_t* z = j.zero_point ? j.zero_point + n * f.scale_stride : nullptr;
-      if (!z) {
-        for (int64_t b = 0; b < j.blocks; b += W) store(minus + b, mul(load(scale + b), set1(half)));
-      } else if (per_group == 1) {
-        int64_t b = 0;
-        for (; b + W <= j.blocks; b += W) store(minus + b, mul(add(load_i8(z + b), set1(half)), load(scale + b)));
-        if (b < j.blocks) store(minus + b, mul(add(load_i8_part(z + b, j.blocks - b), set1(half)), load(scale + b)));
-      } else {
-        for (int64_t b = 0; b < round_up(j.blocks, W); b++) {
-          minus[b] = b < j.blocks ? ((float)z[b / per_group] + half) * scale[b] : 0;
-        }
-      }
+      block_offsets(j, n, half, scale, minus);
       for (int r = 0; r < MR; r++) {
         F sums = zero();
         for (int64_t b = 0; b < j.blocks; b += W) {

@@ -262,7 +262,7 @@ int zp_linear(const zp_format* format, const void* packed, const void* scale, co
     job.format = format;
     job.packed = (const uint8_t*)packed;
     job.scale = scale;
-    job.zero_point = (const int8_t*)zero_point;
+    job.zero_point = zero_point;
     job.bias = bias;
     job.bias_dtype = bias_dtype;
     job.x = (const uint8_t*)x + begin * x_bytes;
@@ -282,7 +282,7 @@ int zp_rows(const zp_format* format, const void* packed, const void* scale, cons
   for (int64_t i = 0; indices && i < count; i++) {
     if (indices[i] < 0 || indices[i] >= format->n) return ZP_BAD_INDEX;
   }
-  zp_weight weight = {format, (const uint8_t*)packed, scale, (const int8_t*)zero_point};
+  zp_weight weight = {format, (const uint8_t*)packed, scale, zero_point};
   Rows rows = {&in_use(), weight, indices, (uint8_t*)out, out_dtype, count, 0};
   rows.step = rows_at_once(count, format->k, threads);
   parallel(threads, (count + rows.step - 1) / rows.step, run_rows, &rows);

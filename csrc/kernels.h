@@ -17,7 +17,7 @@ struct Job {
   const zp_format* format;
   const uint8_t* packed;
   const void* scale;
-  const int8_t* zero_point;
+  const void* zero_point;
   const void* bias;
   int32_t bias_dtype;
   const void* x;

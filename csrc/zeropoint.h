@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define ZP_API __attribute__((visibility("default")))
-#define ZP_VERSION 2
+#define ZP_VERSION 3
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
 enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT };                                            // dtypes of floats
@@ -29,17 +29,18 @@ typedef struct {
   int64_t group_size;    // codes of a row that share a scale; k when a row or the whole weight shares one
   int64_t scale_stride;  // scales from one row to the next; 0 when the whole weight shares one
   int32_t scale_dtype;
+  int32_t float_zero_point;   // zero points are float16, not int8
   float levels[16];           // codebook only
   const float* scale_levels;  // 256, for ZP_DOUBLE_QUANT only
 } zp_format;
 
-// packed: n rows; scale: (n or 1, k / group_size), null for a downcast; zero_point: the same shape, null when
-// symmetric.
+// packed: n rows; scale: (n or 1, k / group_size), null for a downcast; zero_point: the same shape, int8 or
+// float16, null when symmetric.
 typedef struct {
   const zp_format* format;
   const uint8_t* packed;
   const void* scale;
-  const int8_t* zero_point;
+  const void* zero_point;
 } zp_weight;
 
 // y = x @ weight.T + bias.  x: (m, k) of x_dtype, x_stride elements from row to row, a row contiguous.
@@ -55,7 +56,7 @@ ZP_API int zp_rows(const zp_format* format, const void* packed, const void* scal
                    const int64_t* indices, int64_t count, void* out, int32_t out_dtype, int32_t threads);
 
 // Round to nearest, scales chosen and stored as zeropoint.numerics does. weight: (n, k) of dtype, contiguous.
-// Returns ZP_BAD_ARGUMENT for a weight that is not finite or a scale that its dtype cannot hold.
+// Zero points are int8. Returns ZP_BAD_ARGUMENT for a weight that is not finite or a scale that its dtype cannot hold.
 ZP_API int zp_quantize(const zp_format* format, const void* weight, int32_t dtype, void* packed, void* scale,
                        void* zero_point, int32_t threads);
 

@@ -15,6 +15,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +30,7 @@ from zeropoint.kernels.reference import weight_values
 from zeropoint.nn import QModule
 from zeropoint.numerics import FORMATS, Format
 from zeropoint.qtensor import QTensor
-from zeropoint.scheme import Scheme
+from zeropoint.scheme import PER_CHANNEL, Scheme
 
 UNIT_ROUNDOFF = 2.0**-24
 SUBNORMAL = 2.0**-149  # smallest positive float32
@@ -53,7 +54,7 @@ GRIDS = [(f.name, symmetric) for f in SCALED for symmetric in symmetries(f)]
 
 def schemes(group_size: int = 32) -> list[Scheme]:
     """Every format, symmetric or not if it may, per tensor, per channel and per group; codebooks
-    with scales in 8 bits too.
+    with scales in 8 bits, and integers with float zero points, too.
     """
     result = [Scheme.of(f.name) for f in DOWNCASTS]
     for name, symmetric in GRIDS:
@@ -68,12 +69,21 @@ def schemes(group_size: int = 32) -> list[Scheme]:
                     scale_dtype="float16" if grouped else "float32",
                 )
             )
-    return result + [Scheme.of(f.name, group_size=group_size, double_quant=True) for f in CODEBOOKS]
+    result += [Scheme.of(f.name, group_size=group_size, double_quant=True) for f in CODEBOOKS]
+    return result + float_zeros(group_size)
+
+
+def float_zeros(group_size: int = 32) -> list[Scheme]:
+    """Every integer format with a float zero point for each group; int3 per channel and tensor."""
+    result = [Scheme.of(f.name, group_size=group_size, float_zero_point=True) for f in INTEGERS]
+    per_channel = Scheme.of("int3", group_size=PER_CHANNEL, float_zero_point=True)
+    return [*result, per_channel, replace(per_channel, granularity="tensor")]
 
 
 def defaults() -> list[Scheme]:
-    """The default scheme of every format, and that of bitsandbytes."""
-    return [*(Scheme.of(name) for name in FORMATS), Scheme.of("nf4", double_quant=True)]
+    """The default scheme of every format, that of bitsandbytes, and one like HQQ's."""
+    others = [Scheme.of("nf4", double_quant=True), Scheme.of("int2", float_zero_point=True)]
+    return [*(Scheme.of(name) for name in FORMATS), *others]
 
 
 def example_weight(n: int = 5, k: int = 96, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -21,6 +21,7 @@ def numerics_result(weight, scheme):
         granularity=scheme.granularity,
         group_size=scheme.group_size,
         symmetric=scheme.symmetric,
+        float_zero_point=scheme.float_zero_point,
         scale_dtype=scheme.scale_dtype,
     )
 

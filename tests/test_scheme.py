@@ -67,6 +67,25 @@ def test_a_learned_scale_is_an_option_of_formats_that_have_scales():
         Scheme.of("int3", learned_scale="yes")
 
 
+def test_a_float_zero_point_is_an_option_of_integers_and_makes_them_asymmetric():
+    scheme = Scheme.of("int8", group_size=64, float_zero_point=True)
+    assert str(scheme) == "int8 g64 float zero point" and not scheme.symmetric
+    assert Scheme(**json.loads(json.dumps(scheme.to_dict()))) == scheme
+    assert "float_zero_point" not in Scheme.of("int4").to_dict()
+    recipe = Recipe.from_yaml(
+        "rules: [{match: '*', weights: int8, group_size: 64, float_zero_point: true}]"
+    )
+    assert recipe.rules[0].scheme == scheme and Recipe.from_yaml(recipe.to_yaml()) == recipe
+    integer = dataclasses.replace(scheme, float_zero_point=False)
+    assert scheme.storage_bytes((8, 192)) == integer.storage_bytes((8, 192)) + 8 * 3
+    with pytest.raises(RecipeError, match="float_zero_point=True: nf4 has no zero point; leave"):
+        Scheme.of("nf4", float_zero_point=True)
+    with pytest.raises(RecipeError, match="float_zero_point=True needs symmetric=False; leave sym"):
+        Scheme.of("int4", symmetric=True, float_zero_point=True)
+    with pytest.raises(RecipeError, match="float_zero_point='yes' is not true or false"):
+        Scheme.of("int4", float_zero_point="yes")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_group_size_minus_one_is_per_channel_with_a_float32_scale(name):
     scheme = Scheme.of(name, group_size=PER_CHANNEL)

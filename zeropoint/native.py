@@ -21,7 +21,7 @@ from zeropoint.numerics import double_quant, scale_shape
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
-VERSION = 2  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+VERSION = 3  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
 LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DOUBLE_QUANT = 3  # a scale_dtype: scales in 8 bits
@@ -42,6 +42,7 @@ class Format(ctypes.Structure):
         ("group_size", c_int64),
         ("scale_stride", c_int64),
         ("scale_dtype", c_int32),
+        ("float_zero_point", c_int32),
         ("levels", c_float * 16),
         ("scale_levels", POINTER(c_float)),
     ]
@@ -154,6 +155,7 @@ def _format(scheme: Scheme, n: int, k: int) -> Format:
         group_size=scheme.group_size or k,
         scale_stride=0 if scheme.granularity == "tensor" else k // (scheme.group_size or k),
         scale_dtype=DTYPES[getattr(torch, scheme.scale_dtype)],
+        float_zero_point=scheme.float_zero_point,
     )
     if fmt.levels is not None:
         row.levels[:] = fmt.levels
@@ -285,6 +287,7 @@ def can_quantize(weight: Tensor, scheme: Scheme) -> bool:
         and weight.dtype in DTYPES
         and scheme.fmt.kind in KINDS
         and scheme.granularity != "tensor"
+        and not scheme.float_zero_point
         and weight.numel() > 0
         and weight.shape[1] <= MOST_COLUMNS
     )

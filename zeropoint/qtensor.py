@@ -36,8 +36,8 @@ class QTensor:
     integer codes are
         stored as code - q_min. A downcast is stored as it is: shape `shape`, bfloat16 or float16.
     scale: (R, G) of scheme.scale_dtype; with scheme.double_quant the bytes that
-    `numerics.double_quant` stores; None for a downcast. zero_point: (R, G) int8, or None when
-    symmetric.
+    `numerics.double_quant` stores; None for a downcast. zero_point: (R, G) int8, float16 with
+    scheme.float_zero_point, or None when symmetric.
     shape: of the weight. dtype: what `dequantize()` returns, the dtype the weight had.
     """
 
@@ -285,6 +285,7 @@ def quantized(values: Tensor, scheme: Scheme) -> Quantized:
         granularity=scheme.granularity,
         group_size=scheme.group_size,
         symmetric=scheme.symmetric,
+        float_zero_point=scheme.float_zero_point,
         scale_dtype=scheme.scale_dtype,
     )
 
@@ -324,8 +325,8 @@ def part_specs(
     }
     if scheme.double_quant:
         specs["_scale"] = ((double_quant.stored_bytes(math.prod(blocks)),), torch.uint8)
-    if not scheme.symmetric:
-        specs["_zero_point"] = (blocks, torch.int8)
+    if scheme.zero_point_dtype is not None:
+        specs["_zero_point"] = (blocks, scheme.zero_point_dtype)
     return specs
 
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from zeropoint.errors import RecipeError, UnknownNameError, nearest
@@ -39,6 +40,8 @@ class Scheme:
     format: a name of `zeropoint.numerics.FORMATS`. granularity: "tensor", "channel" (axis 0) or
     "group".
     group_size: values along K that share a scale, for "group" only. symmetric: zero_point = 0.
+    float_zero_point: it is a float16, in code units, in place of an int8; integer formats that are
+    not symmetric only. Then 0 need not be on the grid, which spans the values alone.
     scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to
     it.
     double_quant: nf4 and fp4 only; the scales of groups are stored in 8 bits themselves
@@ -58,6 +61,7 @@ class Scheme:
     granularity: Granularity = "channel"
     group_size: int | None = None
     symmetric: bool = True
+    float_zero_point: bool = False
     scale_dtype: str = "float32"
     double_quant: bool = False
     activations: str | None = None
@@ -82,6 +86,7 @@ class Scheme:
                     f"{field}={value!r} is unknown; {nearest(str(value), known)}, or none"
                 )
         self._check_outliers()
+        self._check_float_zero_point()
         self._check_double_quant()
         self._check_learned_scale()
         if self.granularity == "group":
@@ -112,6 +117,16 @@ class Scheme:
                 f"outlier_threshold={threshold} needs activations='int8', not {self.activations!r}"
             )
 
+    def _check_float_zero_point(self) -> None:
+        if not isinstance(self.float_zero_point, bool):
+            raise RecipeError(f"float_zero_point={self.float_zero_point!r} is not true or false")
+        if self.float_zero_point and self.fmt.kind != "integer":
+            raise RecipeError(
+                f"float_zero_point=True: {self.format} has no zero point; leave it out"
+            )
+        if self.float_zero_point and self.symmetric:
+            raise RecipeError("float_zero_point=True needs symmetric=False; leave symmetric out")
+
     def _check_double_quant(self) -> None:
         if not isinstance(self.double_quant, bool):
             raise RecipeError(f"double_quant={self.double_quant!r} is not true or false")
@@ -141,6 +156,7 @@ class Scheme:
         *,
         group_size: int | None = None,
         symmetric: bool | None = None,
+        float_zero_point: bool = False,
         double_quant: bool = False,
         activations: str | None = None,
         outlier_threshold: float | None = None,
@@ -150,8 +166,8 @@ class Scheme:
         """The scheme that `format` has by default, changed where an argument is given.
 
         group_size: None for the format's default, -1 for one scale per channel. symmetric: None for
-        the default. Scales of groups are float16; those of codebooks are float32, as bitsandbytes
-        has them.
+        the default, which a float zero point makes False. Scales of groups are float16; those of
+        codebooks are float32, as bitsandbytes has them.
 
         >>> str(Scheme.of("int4"))
         'int4 g32 asymmetric'
@@ -167,7 +183,8 @@ class Scheme:
             format=format,
             granularity="channel" if size is None else "group",
             group_size=size,
-            symmetric=fmt.symmetric if symmetric is None else symmetric,
+            symmetric=fmt.symmetric and not float_zero_point if symmetric is None else symmetric,
+            float_zero_point=float_zero_point,
             scale_dtype="float16" if narrow else "float32",
             double_quant=double_quant,
             activations=activations,
@@ -186,6 +203,13 @@ class Scheme:
         """The format's row in the table."""
         return get_format(self.format)
 
+    @property
+    def zero_point_dtype(self) -> torch.dtype | None:
+        """In what the zero points are stored; None where there are none."""
+        if self.symmetric:
+            return None
+        return torch.float16 if self.float_zero_point else torch.int8
+
     def storage_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of codes, scales and zero points of a weight of this shape.
 
@@ -201,12 +225,13 @@ class Scheme:
             scales = double_quant.stored_bytes(count)
         else:
             scales = count * get_scale_dtype(self.scale_dtype).itemsize
-        return codes + scales + (0 if self.symmetric else count)
+        zero_point = self.zero_point_dtype
+        return codes + scales + (0 if zero_point is None else count * zero_point.itemsize)
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, leaving out what is not used. `Scheme(**d)` is the inverse."""
         fields = dataclasses.asdict(self)
-        for option in ("double_quant", "learned_scale"):
+        for option in ("float_zero_point", "double_quant", "learned_scale"):
             if not fields[option]:
                 del fields[option]
         return {k: v for k, v in fields.items() if v is not None}
@@ -216,7 +241,8 @@ class Scheme:
         if self.fmt.kind != "downcast":
             group = self.granularity == "group"
             name += f" g{self.group_size}" if group else f" per {self.granularity}"
-            name += "" if self.symmetric else " asymmetric"
+            if not self.symmetric:
+                name += " float zero point" if self.float_zero_point else " asymmetric"
         name += " double quant" if self.double_quant else ""
         name += " learned" if self.learned_scale else ""
         if self.activations is not None:
@@ -267,6 +293,7 @@ _RULE_KEYS = (
     "granularity",
     "group_size",
     "symmetric",
+    "float_zero_point",
     "scale_dtype",
     "double_quant",
     "activations",
@@ -390,7 +417,11 @@ def _rule(row: Any) -> Rule:
         del options["group_size"]
         options.setdefault("granularity", "channel")
     per_block = options.get("granularity") in ("tensor", "channel")
-    default = Scheme.of(weights, group_size=PER_CHANNEL if per_block else options.get("group_size"))
+    default = Scheme.of(
+        weights,
+        group_size=PER_CHANNEL if per_block else options.get("group_size"),
+        float_zero_point=options.get("float_zero_point", False),
+    )
     return Rule(
         match=row["match"], role=row.get("role"), scheme=dataclasses.replace(default, **options)
     )

@@ -27,6 +27,7 @@ CALIBRATED = [
     Scheme.of("int4", group_size=16, symmetric=True),
     Scheme.of("int3", group_size=-1),
     Scheme.of("int2"),
+    Scheme.of("int2", float_zero_point=True),
     Scheme.of("nf4", group_size=32),
     Scheme.of("fp4", group_size=32),
     Scheme.of("float8_e4m3fn"),

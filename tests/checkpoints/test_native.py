@@ -302,10 +302,31 @@ def test_a_value_that_is_not_finite_is_found(path, name, value):
     assert zp.verify(path) == [f"{name} holds NaN or Inf"]
 
 
+def test_a_float_zero_point_that_is_not_finite_is_found(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32))
+    zp.quantize(model, "int2", float_zero_point=True)
+    zp.freeze(model)
+    zp.save(model, tmp_path / "m")
+    assert zp.verify(tmp_path / "m") == []
+    edit_tensors(tmp_path / "m", lambda t: t["0.weight_zero_point"][0, :1].fill_(float("nan")))
+    assert zp.verify(tmp_path / "m") == ["0.weight_zero_point holds NaN or Inf"]
+
+
 @pytest.mark.parametrize("value", [0.0, -0.5])
 def test_a_scale_that_is_not_positive_is_found(path, value):
     edit_tensors(path, lambda t: t["layer.weight_scale"].view(-1)[3:4].fill_(value))
     assert zp.verify(path) == [f"layer.weight_scale holds {value}, but scales are positive"]
+
+
+def test_a_symmetric_scale_of_few_bits_may_be_negative_but_not_zero(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32))
+    zp.quantize(model, "int3", symmetric=True)
+    zp.freeze(model, "mse")
+    assert (model[0].weight.scale < 0).any()
+    zp.save(model, tmp_path / "m")
+    assert zp.verify(tmp_path / "m") == []
+    edit_tensors(tmp_path / "m", lambda t: t["0.weight_scale"][0, :1].fill_(0.0))
+    assert zp.verify(tmp_path / "m") == ["0.weight_scale holds 0.0, but scales are positive"]
 
 
 def test_a_downcast_weight_that_is_not_finite_is_found(tmp_path):

@@ -78,6 +78,16 @@ def test_no_strict_warns_where_strict_refuses(cli: Cli, llama: Path, tmp_path: P
     assert "lm_hed" in ran.err
 
 
+def test_float_zero_points_are_written(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ran = cli(
+        "quantize", llama, "-o", out, "--weights", "int2", "--float-zero-point", "--json", "-"
+    )
+    assert ran.code == 0
+    assert "int2 g32 float zero point" in {row["scheme"] for row in ran.json["modules"]}
+    assert zp.verify(out) == []
+
+
 def test_overwrite_replaces_a_checkpoint(cli: Cli, llama: Path, checkpoint: Path) -> None:
     arguments = ("quantize", llama, "-o", checkpoint, "--weights", "int4")
     ran = cli(*arguments)
@@ -104,6 +114,10 @@ MISTAKES = {
     "unknown algorithm": (("--algorithm", "rtm"), "'rtm' is not an algorithm; close: 'rtn'"),
     "nonsensical group": (("--weights", "int4", "--group-size", "0"), "group_size=0 is not a pos"),
     "asymmetric codebook": (("--weights", "nf4", "--asymmetric"), "nf4 has no zero point"),
+    "float zero point of a codebook": (
+        ("--weights", "nf4", "--float-zero-point"),
+        "float_zero_point=True: nf4 has no zero point",
+    ),
     "unknown observer": (
         ("--activations", "int8", "--observer", "msee"),
         "'msee' is not an observer; close: 'mse'",
@@ -121,8 +135,8 @@ MISTAKES = {
     "double quant per channel": (("--double-quant",), "double_quant=True is for nf4 and fp4 with"),
     "missing recipe": (("--recipe", "missing.yaml"), "missing.yaml: cannot be read"),
     "recipe and inputs": (
-        ("--recipe", "r.yaml", "--double-quant", "--compute-dtype", "bfloat16"),
-        "--recipe r.yaml and --double-quant, --compute-dtype exclude each other",
+        ("--recipe", "r.yaml", "--float-zero-point", "--double-quant"),
+        "--recipe r.yaml and --float-zero-point, --double-quant exclude each other",
     ),
     "recipe and more": (
         ("--recipe", "r.yaml", "--weights", "int4", "--exclude", "x"),

@@ -22,6 +22,22 @@ EVERYTHING = zp.Recipe.from_yaml(
 )
 
 
+FLOAT_ZEROS = zp.Recipe.from_yaml(
+    """
+    rules:
+      - {match: '*', weights: int3, float_zero_point: true, learned_scale: true}
+    """
+)
+
+
+SIGNED = zp.Recipe.from_yaml(
+    """
+    rules:
+      - {match: '*', weights: int3, symmetric: true, learned_scale: true}
+    """
+)
+
+
 def live(recipe=None, **options):
     model = perceptron()
     options = options or {"weights": "int3"}
@@ -55,8 +71,17 @@ def test_scales_and_zero_points_are_parameters_that_start_on_the_best_grid():
     assert torch.equal(model.up.grid.scale, state["up.weight_scale"]) and model.embed.grid is None
 
 
-@pytest.mark.parametrize("recipe", [None, EVERYTHING], ids=["linear layers", "tables too"])
-def test_freezing_stores_what_the_forward_used(tmp_path, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "scheme"),
+    [
+        (None, "int3 g32 asymmetric"),
+        (EVERYTHING, "int4 g32 asymmetric"),
+        (FLOAT_ZEROS, "int3 g32 float zero point"),
+        (SIGNED, "int3 g32"),
+    ],
+    ids=["linear layers", "tables too", "float zero points", "scales of either sign"],
+)
+def test_freezing_stores_what_the_forward_used(tmp_path, recipe, scheme):
     model = trained(live(recipe))
     before = copy.deepcopy(model)
     y = model(PERCEPTRON_INPUT)
@@ -71,7 +96,7 @@ def test_freezing_stores_what_the_forward_used(tmp_path, recipe):
                 model.get_submodule(name).qweight.dequantize(),
                 module.on_learned_grid().dequantize(),
             )
-    assert str(model.up.scheme) == ("int4" if recipe else "int3") + " g32 asymmetric"
+    assert str(model.up.scheme) == scheme
     assert not scales(model) or all(p.grad is None for p in scales(model))
     reasons = {layer.name: layer.reason for layer in report.layers}
     assert reasons["up"] == "on the grid that was learned"

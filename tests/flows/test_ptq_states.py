@@ -23,6 +23,7 @@ def image(weight: torch.Tensor, scheme: zp.Scheme) -> torch.Tensor:
         granularity=scheme.granularity,
         group_size=scheme.group_size,
         symmetric=scheme.symmetric,
+        float_zero_point=scheme.float_zero_point,
         scale_dtype=scheme.scale_dtype,
     )
 

@@ -35,6 +35,7 @@ def schemes(model):
         {"weights": "int8"},
         {"weights": "nf4", "double_quant": True, "compute_dtype": torch.bfloat16},
         {"weights": "int4", "group_size": 64, "symmetric": True, "exclude": ["*.v_proj"]},
+        {"weights": "int2", "group_size": 64, "float_zero_point": True},
         {"weights": "int8", "activations": "int8", "outlier_threshold": 6.0},
         {"weights": "bfloat16"},
         {"recipe": zp.Recipe(rules=(zp.Rule(match="*", scheme=zp.Scheme.of("int8")),))},
@@ -115,7 +116,7 @@ def hqq_config():
     ("config", "scheme"),
     [
         (lambda: QuantoConfig(weights="int4"), "int4 g32 asymmetric"),
-        (hqq_config, "int4 g64 asymmetric"),
+        (hqq_config, "int4 g64 float zero point"),
     ],
     ids=["quanto", "hqq"],
 )

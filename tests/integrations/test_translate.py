@@ -129,10 +129,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         QuantoConfig("float8", activations="float8"),
         {"weights": "float8_e4m3fn", "activations": "float8_e4m3fn"},
     ),
-    "hqq": (HqqConfig(), {"weights": "int4", "group_size": 64, "symmetric": False}),
+    "hqq": (HqqConfig(), {"weights": "int4", "group_size": 64, "float_zero_point": True}),
     "hqq int3": (
         HqqConfig(nbits=3, group_size=None, skip_modules=["lm_head"]),
-        {"weights": "int3", "group_size": -1, "symmetric": False, "exclude": SKIP},
+        {"weights": "int3", "group_size": -1, "float_zero_point": True, "exclude": SKIP},
     ),
     "torchao int8": (
         TorchAoConfig(Int8WeightOnlyConfig()),

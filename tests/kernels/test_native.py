@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.helpers import (
     FORMATS,
     GRIDS,
+    INTEGERS,
     PROPERTY,
     assert_embedding,
     assert_linear,
@@ -26,8 +27,7 @@ from zeropoint import native
 from zeropoint.kernels import native as kernel
 from zeropoint.kernels import ops, reference, select
 from zeropoint.kernels.spec import Spec
-from zeropoint.numerics import quantize
-from zeropoint.qtensor import QTensor
+from zeropoint.qtensor import QTensor, quantized
 from zeropoint.scheme import Scheme
 
 needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
@@ -80,9 +80,7 @@ def weight_of(scheme, n, k) -> QTensor:
     weight[0, k // 2] = 0.7
     weight[1 % n] = 0.0
     weight[2 % n] = -weight[2 % n].abs()
-    names = ("format", "granularity", "group_size", "symmetric", "scale_dtype")
-    quantized = quantize(weight, **{name: getattr(scheme, name) for name in names})
-    return QTensor.from_codes(quantized, scheme, torch.float32)
+    return QTensor.from_codes(quantized(weight, scheme), scheme, torch.float32)
 
 
 @lru_cache(maxsize=64)
@@ -106,7 +104,7 @@ def in_batches(weight, x, bias):
     return torch.cat([kernel.linear(part, weight, bias) for part in x.split(BATCHES)])
 
 
-def weights(name, symmetric, activations=None):
+def weights(name, symmetric, activations=None, **fields):
     scale_dtypes = ("float16", "bfloat16", "float32")
     for (granularity, group_size), shapes in SHAPES.items():
         for i, (n, k) in enumerate(shapes):
@@ -121,6 +119,7 @@ def weights(name, symmetric, activations=None):
                 and granularity == "group"
                 and FORMATS[name].kind == "codebook",
                 activations=activations,
+                **fields,
             )
             yield weight_of(scheme, n, k)
 
@@ -140,6 +139,36 @@ def test_every_format_shape_and_batch_matches_the_oracle(name, symmetric, activa
             bias_dtype = bias_dtypes[(i + j) % 4]
             bias = None if bias_dtype is None else noise(n, seed=i).to(bias_dtype)
             assert_linear(in_batches(weight, x, bias), x, weight, bias, "native")
+
+
+@every_isa
+@pytest.mark.parametrize("name", [f.name for f in INTEGERS])
+def test_float_zero_points_of_every_shape_and_batch_match_the_oracle(name, isa):
+    for i, weight in enumerate(weights(name, False, float_zero_point=True)):
+        n, k = weight.shape
+        x = tokens(sum(BATCHES), k, DTYPES[i % 3])
+        assert_linear(in_batches(weight, x, None), x, weight, None, "native")
+        indices = torch.arange(n).flip(0)
+        rows = kernel.embedding(indices, weight, torch.float32)
+        # What is subtracted from a stored code, 2^(bits-1) + zero_point, is rounded to float32.
+        offset = 2.0**weight.scheme.fmt.bits + weight.zero_point.double().abs()
+        slack = 2.0**-24 * (weight.scale.double() * offset).repeat_interleave(
+            k // offset.shape[1], dim=1
+        )
+        expected = reference.weight_values(weight)
+        distance = (rows.flip(0).double() - expected).abs()
+        assert (distance <= slack + 2.0**-23 * expected.abs()).all()
+
+
+@every_isa
+@pytest.mark.parametrize("name", [f.name for f in INTEGERS if f.signed_scale])
+def test_negative_scales_match_the_oracle(name, isa):
+    for i, weight in enumerate(weights(name, True)):
+        scale = weight.scale.clone()
+        scale.view(-1)[::2] *= -1
+        weight = dataclasses.replace(weight, scale=scale)
+        x = tokens(sum(BATCHES), weight.shape[1], DTYPES[i % 3])
+        assert_linear(in_batches(weight, x, None), x, weight, None, "native")
 
 
 @needs_library

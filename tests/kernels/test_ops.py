@@ -148,13 +148,19 @@ def test_image_keeps_the_operator_contract(scheme, layout):
         scheme.granularity,
         scheme.group_size or 0,
         scheme.symmetric,
+        scheme.float_zero_point,
         scheme.scale_dtype,
         scheme.double_quant,
     )
     torch.library.opcheck(torch.ops.zeropoint.image, (weight.requires_grad_(), *fields))
 
 
-LEARNABLE = [Scheme.of("int4"), Scheme.of("int3", symmetric=True), *KINDS[1:3]]
+LEARNABLE = [
+    Scheme.of("int4"),
+    Scheme.of("int3", symmetric=True),
+    Scheme.of("int2", float_zero_point=True),
+    *KINDS[1:3],
+]
 
 
 def start(weight, scheme):
@@ -170,7 +176,8 @@ def start(weight, scheme):
 def test_on_grid_keeps_the_operator_contract(scheme, layout):
     weight = noise(5, 64) if layout == "contiguous" else noise(64, 5).t()
     grid = start(weight, scheme)
-    fields = (scheme.format, scheme.granularity, scheme.group_size or 0, scheme.scale_dtype)
+    fields = (scheme.format, scheme.granularity, scheme.group_size or 0)
+    fields = (*fields, scheme.float_zero_point, scheme.scale_dtype)
     torch.library.opcheck(torch.ops.zeropoint.on_grid, (weight.requires_grad_(), *grid, *fields))
 
 

@@ -3,14 +3,16 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.helpers import INTEGERS, PROPERTY, assert_within_half_step
+from tests.helpers import INTEGERS, PROPERTY, UNIT_ROUNDOFF, assert_within_half_step
 from zeropoint.errors import ScaleRangeError
 from zeropoint.numerics.affine import (
+    FURTHEST_ZERO,
     SCALE_FLOOR,
     affine_codes,
     affine_parameters,
     affine_values,
     asymmetric_parameters,
+    float_zero_parameters,
     round_scale_up,
     symmetric_scale,
 )
@@ -118,6 +120,37 @@ def test_asymmetric_codes_stay_in_range_keep_zero_and_err_by_half_a_step(fmt, dt
 @integers
 @PROPERTY
 @given(dtype=DTYPES, values=BLOCKS)
+@example(dtype=torch.float16, values=[1000.0, 1000.5, 1001.0])
+@example(dtype=torch.float32, values=[-1e-20, -1.0000001e-20])
+def test_a_float_zero_point_keeps_the_error_below_half_a_step(fmt, dtype, values):
+    blocks = block(values)
+    scale, zero_point = float_zero_parameters(blocks, fmt, dtype)
+    assert scale.dtype == dtype and zero_point.dtype == torch.float16
+    assert zero_point.abs().item() <= FURTHEST_ZERO
+    codes = affine_codes(blocks, scale, zero_point, fmt)
+    assert codes.min() >= fmt.q_min and codes.max() <= fmt.q_max
+    image = affine_values(codes, scale, zero_point)
+    # The quotient and its sum with the zero point are rounded to float32.
+    slack = 4 * UNIT_ROUNDOFF * (blocks.abs().double() + scale.double() * FURTHEST_ZERO)
+    assert ((blocks - image).abs().double() <= scale.double() / 2 + slack).all()
+    assert torch.equal(affine_codes(image, scale, zero_point, fmt), codes)
+
+
+@integers
+def test_a_float_zero_point_spans_the_values_alone(fmt):
+    """The range is not widened to contain 0, so the step is the smallest that there is."""
+    blocks = torch.rand(4, 3, 64, generator=torch.Generator().manual_seed(0)) + 2
+    scale, zero_point = float_zero_parameters(blocks, fmt, torch.float32)
+    step = (blocks.amax(-1) - blocks.amin(-1)) / (fmt.q_max - fmt.q_min)
+    torch.testing.assert_close(scale, step)
+    assert (zero_point < fmt.q_min).all(), "0 is not on the grid"
+    codes = affine_codes(blocks, scale, zero_point, fmt)
+    assert (codes.amin(-1) == fmt.q_min).all() and (codes.amax(-1) == fmt.q_max).all()
+
+
+@integers
+@PROPERTY
+@given(dtype=DTYPES, values=BLOCKS)
 def test_symmetric_codes_stay_in_range_keep_zero_and_err_by_half_a_step(fmt, dtype, values):
     blocks = torch.cat([block(values), torch.zeros(1, 1, 1)], dim=-1)
     scale = symmetric_scale(blocks, fmt.real_max, dtype)
@@ -181,19 +214,21 @@ def test_a_block_of_one_magnitude_is_exact_with_codes_of_one(fmt, magnitude):
 @pytest.mark.parametrize("constant", [3.0, -0.1, 1e-30, -1e30])
 def test_a_constant_block_is_exact_one_step_from_zero(fmt, constant):
     blocks = block([constant] * 3)
-    scale, zero_point = asymmetric_parameters(blocks, fmt, torch.float32)
-    codes = affine_codes(blocks, scale, zero_point, fmt)
-    assert (codes - zero_point).abs().eq(1).all()
-    assert torch.equal(affine_values(codes, scale, zero_point), blocks)
+    for parameters in (asymmetric_parameters, float_zero_parameters):
+        scale, zero_point = parameters(blocks, fmt, torch.float32)
+        codes = affine_codes(blocks, scale, zero_point, fmt)
+        assert (codes - zero_point).abs().eq(1).all()
+        assert torch.equal(affine_values(codes, scale, zero_point), blocks)
 
 
 @integers
 def test_a_zero_block_has_scale_one_and_zero_codes(fmt):
     blocks = torch.zeros(1, 1, 4)
     assert symmetric_scale(blocks, fmt.real_max, torch.float16).item() == 1
-    scale, zero_point = asymmetric_parameters(blocks, fmt, torch.float16)
-    assert scale.item() == 1
-    assert (affine_codes(blocks, scale, zero_point, fmt) == zero_point).all()
+    for parameters in (asymmetric_parameters, float_zero_parameters):
+        scale, zero_point = parameters(blocks, fmt, torch.float16)
+        assert scale.item() == 1
+        assert (affine_codes(blocks, scale, zero_point, fmt) == zero_point).all()
 
 
 def test_ties_go_to_the_even_code():

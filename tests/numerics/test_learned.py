@@ -5,36 +5,45 @@ import math
 import pytest
 import torch
 
-from tests.helpers import GRIDS
+from tests.helpers import GRIDS, INTEGERS
 from zeropoint.numerics import Grid, get_format, quantize
 from zeropoint.numerics.learned import grid_gradients, on_grid, stored_grid
 
-every_grid = pytest.mark.parametrize(("name", "symmetric"), GRIDS)
+every_grid = pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {"symmetric": symmetric}) for name, symmetric in GRIDS]
+    + [(f.name, {"symmetric": False, "float_zero_point": True}) for f in INTEGERS],
+    ids=str,
+)
 
 
-def case(name, symmetric):
+def case(name, options):
     """Blocks (3, 2, 16) on a grid two thirds as wide as they are, so that some are clamped."""
     fmt = get_format(name)
     blocks = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0))
-    q = quantize(blocks.view(3, 32), name, group_size=16, symmetric=symmetric)
+    q = quantize(blocks.view(3, 32), name, group_size=16, **options)
     zero_point = None if q.zero_point is None else q.zero_point.float()
-    return blocks, q.scale.float() * 0.66, zero_point, fmt
+    scale = q.scale.float() * 0.66
+    if fmt.signed_scale and zero_point is None:
+        scale[:, 1] *= -1
+    return blocks, scale, zero_point, fmt
 
 
 def straight_through(rounded, x):
     return x + (rounded - x).detach()
 
 
-def spelled_out(blocks, scale, zero_point, fmt):
+def spelled_out(blocks, scale, zero_point, fmt, float_zero_point=False):
     """The image as the papers write it, for torch to differentiate. All float64."""
     steps = blocks / scale.unsqueeze(-1)
     if fmt.kind == "integer":
         zero = 0.0
         if zero_point is not None:
-            zero = straight_through(torch.round(zero_point), zero_point).unsqueeze(-1)
+            stored = zero_point.half().double() if float_zero_point else zero_point.round()
+            zero = straight_through(stored, zero_point).unsqueeze(-1)
         shifted = (steps + zero).clamp(fmt.q_min, fmt.q_max)
         # The code is clamped after rounding: what rounds to the last code is inside.
-        codes = torch.round(steps) + zero
+        codes = torch.round(steps + zero)
         inside = ((codes >= fmt.q_min) & (codes <= fmt.q_max)).detach()
         codes = torch.where(inside, straight_through(codes, steps + zero), shifted)
         return scale.unsqueeze(-1) * (codes - zero)
@@ -45,14 +54,15 @@ def spelled_out(blocks, scale, zero_point, fmt):
 
 
 @every_grid
-def test_gradients_are_those_of_the_papers(name, symmetric):
-    blocks, scale, zero_point, fmt = case(name, symmetric)
+def test_gradients_are_those_of_the_papers(name, options):
+    blocks, scale, zero_point, fmt = case(name, options)
+    floats = options.get("float_zero_point", False)
     upstream = torch.randn(blocks.shape, generator=torch.Generator().manual_seed(1))
-    grid = stored_grid(scale, zero_point, fmt, torch.float32)
+    grid = stored_grid(scale, zero_point, fmt, torch.float32, float_zero_point=floats)
     found = grid_gradients(upstream, blocks, grid, fmt)
 
     inputs = [t.double().requires_grad_() for t in (blocks, scale, zero_point) if t is not None]
-    image = spelled_out(*inputs[:2], inputs[2] if zero_point is not None else None, fmt)
+    image = spelled_out(*inputs[:2], inputs[2] if zero_point is not None else None, fmt, floats)
     assert torch.allclose(image.float(), on_grid(blocks, grid, fmt), atol=1e-6)
     (image * upstream).sum().backward()
     share = 1 / math.sqrt(16 * fmt.real_max)
@@ -80,3 +90,7 @@ def test_a_grid_is_stored_in_the_dtype_of_the_scheme_and_in_codes():
     grid = stored_grid(scale, zero_point, get_format("int4"), torch.float16)
     assert grid.scale.tolist() == [[torch.tensor(0.1).half().item(), 2.0**-24, 65504.0]]
     assert grid.zero_point.tolist() == [[2, -8, 7]] and grid.zero_point.dtype == torch.int8
+    far = torch.tensor([[1.6, -40.0, 1e9]])
+    grid = stored_grid(scale, far, get_format("int4"), torch.float16, float_zero_point=True)
+    assert grid.zero_point.dtype == torch.float16
+    assert grid.zero_point.tolist() == [[torch.tensor(1.6).half().item(), -40.0, 2048.0]]

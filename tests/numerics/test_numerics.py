@@ -235,6 +235,12 @@ def test_finite_values_pass_the_check_and_nan_alone_is_counted():
             RecipeError,
             "nf4 has no zero point",
         ),
+        (
+            torch.ones(2, 2),
+            {"float_zero_point": True},
+            RecipeError,
+            "float_zero_point=True needs symmetric=False: there is no zero point",
+        ),
         (torch.ones(2, 0), {}, RecipeError, r"values of shape \(2, 0\) are empty"),
         (torch.ones(2, 2), {"granularity": "row"}, RecipeError, "granularity='row' is not one of"),
         (

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from zeropoint.algorithms import auto, gptq, rtn, search
+from zeropoint.algorithms import auto, gptq, hqq, rtn, search
 from zeropoint.algorithms.choice import Choice, Moments
 from zeropoint.errors import UnknownNameError, nearest
 from zeropoint.qtensor import QTensor
@@ -60,6 +60,12 @@ ALGORITHMS: dict[str, Algorithm] = {
             find=search.choose,
             needs="nothing",
             summary="round to nearest, on the grid of least squared error",
+        ),
+        Algorithm(
+            name="hqq",
+            find=hqq.choose,
+            needs="nothing",
+            summary="round to nearest, with zero points that count outliers less",
         ),
         Algorithm(
             name="gptq",

@@ -171,11 +171,13 @@ class _Columns(NamedTuple):
     """A grid spread over the columns, transposed so that one column is contiguous. (K, N) each.
 
     Integer formats count in levels l = code - zero_point, between low and high: value = scale * l.
+    zero: a zero point with a fraction; levels are whole numbers less it.
     """
 
     scale: Tensor
     low: Tensor | None
     high: Tensor | None
+    zero: Tensor | None
     fmt: Format
 
     @classmethod
@@ -187,15 +189,20 @@ class _Columns(NamedTuple):
 
         scale = spread(grid.scale)
         if fmt.kind != "integer":
-            return cls(scale, None, None, fmt)
+            return cls(scale, None, None, None, fmt)
         zero = torch.zeros_like(scale) if grid.zero_point is None else spread(grid.zero_point)
-        return cls(scale, fmt.q_min - zero, fmt.q_max - zero, fmt)
+        fraction = grid.zero_point is not None and grid.zero_point.is_floating_point()
+        return cls(scale, fmt.q_min - zero, fmt.q_max - zero, zero if fraction else None, fmt)
 
     def round(self, k: int, target: Tensor) -> Tensor:
         """The values nearest to target on the grid of column k. target: (N,) float32, reused."""
         scale = self.scale[k]
         if self.low is not None and self.high is not None:
-            levels = target.div_(scale).round_()
+            levels = target.div_(scale)
+            if self.zero is None:
+                levels.round_()
+            else:
+                levels.add_(self.zero[k]).round_().sub_(self.zero[k])
             return torch.clamp(levels, self.low[k], self.high[k]).mul_(scale)
         scale = scale.unsqueeze(-1)
         codes = grid_codes(target.view(-1, 1, 1), scale, None, self.fmt)
@@ -302,7 +309,8 @@ def _solved(wh: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.d
     solved, info = torch.linalg.solve_ex(ridged, (right + ridge * old).unsqueeze(-1))
     new = solved.squeeze(-1)
     floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
-    usable = torch.isfinite(new) & (new > floor) & (new < limit) & (info == 0)[:, None]
+    usable = torch.isfinite(new) & (new.abs() > floor) & (new.abs() < limit) & (info == 0)[:, None]
+    usable &= new * old > 0  # a scale keeps its sign
     stored = torch.where(usable, new, old).to(dtype)
 
     def loss(scales: Tensor) -> Tensor:  # but for w H w^T, which is the same for all

@@ -3,9 +3,11 @@
 minimise over (s, z):  sum_k importance_k (w_k - s (q_k - z))^2
 
 Ranges are shrunk step by step; for each, the codes are fixed and (s, z) refitted by weighted least
-squares, rounded to the stored dtype, and the codes chosen again (k-quants' make_qkx3, llama.cpp).
+squares, rounded to the stored dtype, and the codes chosen again (k-quants' make_qkx3, llama.cpp,
+whose stored minimum is -s z with a float z).
 The grid that spans the range is always a candidate, so the result is never worse than rounding in
-this norm. Scales are positive: the stored format has no sign for them.
+this norm. Symmetric grids of few codes are tried with both signs of s: they have one code more on
+one side of 0 (llama.cpp's Q4_0).
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from zeropoint.numerics import (
     grid_codes,
     grid_values,
 )
-from zeropoint.numerics.affine import round_scale
+from zeropoint.numerics.affine import round_scale, round_zero_point
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
 CHUNK_ELEMENTS = 1 << 18  # a megabyte of float32: the search's temporaries stay in the cache
 REFITS = 2
+FLOAT_REFITS = 8  # of a float zero point, which takes longer to settle
 # By bits: the smallest share of the range worth trying, and how many are tried. The best clip of a
 # Gaussian is at 1.5, 2.0, 2.5, 2.9, 3.3 and 3.9 sigma for 2, 3, 4, 5, 6 and 8 bits; the range of 32
 # to 1024 values is 2.1 to 3.4 sigma on either side.
@@ -119,16 +122,33 @@ def _search_rows(
     smallest, steps = SHARES[fmt.bits]
     for step in range(steps):
         share = 1.0 - (1.0 - smallest) * step / (steps - 1)
-        tried = _refit(blocks, weights, _shrunk(start, share, dtype), fmt, dtype)
-        best, best_error = _better(blocks, weights, best, best_error, tried, fmt)
-    for _ in range(REFITS):
+        for shrunk in _shrunk(start, share, fmt, dtype):
+            tried = _refit(blocks, weights, shrunk, fmt, dtype)
+            best, best_error = _better(blocks, weights, best, best_error, tried, fmt)
+    for _ in range(FLOAT_REFITS if _has_float_zero(start) else REFITS):
         tried = _refit(blocks, weights, best, fmt, dtype)
         best, best_error = _better(blocks, weights, best, best_error, tried, fmt)
     return best
 
 
-def _shrunk(grid: Grid, share: float, dtype: torch.dtype) -> Grid:
-    return Grid(round_scale(grid.scale.float() * share, dtype), grid.zero_point)
+def _has_float_zero(grid: Grid) -> bool:
+    return grid.zero_point is not None and grid.zero_point.is_floating_point()
+
+
+def _shrunk(grid: Grid, share: float, fmt: Format, dtype: torch.dtype) -> list[Grid]:
+    """Grids of a share of the range: that around 0, with either sign where a sign makes a
+    difference; with a float zero point, which has no such middle, those that keep the lower end,
+    the middle or the upper end where they are.
+    """
+    scale = round_scale(grid.scale.float() * share, dtype)
+    if grid.zero_point is None:
+        return [Grid(s, None) for s in ((scale, -scale) if fmt.signed_scale else (scale,))]
+    if not _has_float_zero(grid):
+        return [Grid(scale, grid.zero_point)]
+    wider = grid.scale.float() / scale.float()
+    kept = (fmt.q_min, (fmt.q_min + fmt.q_max) / 2, fmt.q_max)  # s (code - z) stays what it is
+    zero_points = [code - (code - grid.zero_point.float()) * wider for code in kept]
+    return [Grid(scale, round_zero_point(z)) for z in zero_points]
 
 
 def _error(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format) -> Tensor:
@@ -154,7 +174,8 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
     """(s, z) of least weighted squared error for the codes that `grid` gives.
 
     Levels l = code (integer), levels[code] (codebook), code (float8). Without a zero point
-    s = sum k w l / sum k l^2; with one, w = s l + m is fitted first, z = round(-m / s), then s.
+    s = sum k w l / sum k l^2; with one, w = s l + m is fitted first: z = round(-m / s), then s; or
+    s, then z = mean l - mean w / s where it is a float.
     """
     codes = grid_codes(blocks, grid.scale, grid.zero_point, fmt)
     one = torch.ones_like(grid.scale, dtype=torch.float32)
@@ -172,10 +193,14 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
         slope = (sk * swl - sl * sw) / safe
         offset = (sll * sw - sl * swl) / safe
         usable = solvable & (slope > 0)
+        if zero_point.is_floating_point():
+            scale = round_scale(torch.where(usable, slope, grid.scale.float()), dtype)
+            z = round_zero_point((sl - sw / scale.float()) / sk)  # the best for the stored scale
+            return Grid(scale, torch.where(usable, z, zero_point))
         z = torch.round(-offset / torch.where(usable, slope, 1.0)).clamp(fmt.q_min, fmt.q_max)
         z = torch.where(usable, z, zero_point.float())
         sll, swl = sll - 2 * z * sl + z * z * sk, swl - z * sw
         zero_point = z.to(torch.int8)
     scale = swl / torch.where(sll > 0, sll, 1.0)
-    scale = torch.where((sll > 0) & (scale > 0), scale, grid.scale.float())
+    scale = torch.where((sll > 0) & (scale * grid.scale > 0), scale, grid.scale.float())
     return Grid(round_scale(scale, dtype), zero_point)

@@ -533,7 +533,8 @@ def verify(path: str | Path, *, on_step: OnStep = no_progress) -> list[str]:
     """Every problem of a checkpoint, in words; an empty list when it is sound.
 
     Checks: manifest, sizes and SHA-256 of all files, files nobody listed, every tensor's presence,
-    shape and dtype, scales and other floats finite, scales positive, the configuration's recipe.
+    shape and dtype, scales, zero points and other floats finite, scales positive, the
+    configuration's recipe.
     """
     path = Path(path)
     if not path.is_dir():
@@ -596,7 +597,11 @@ def _tensor_problems(path: Path, manifest: Mapping[str, Any], files: list[str]) 
             assert weight.scales is not None
             problems += _float_problems(f"{name}_scale", weight.scales, positive=False)
         else:
-            problems += _float_problems(f"{name}_scale", weight.scale, positive=True)
+            signed = weight.scheme.symmetric and weight.scheme.fmt.signed_scale
+            scale = weight.scale.abs() if signed else weight.scale
+            problems += _float_problems(f"{name}_scale", scale, positive=True)
+        if weight.zero_point is not None:
+            problems += _float_problems(f"{name}_zero_point", weight.zero_point, positive=False)
     for name, row in manifest["tensors"].items():
         try:
             is_scale = _is_input_scale(name, manifest)

@@ -48,6 +48,10 @@ def quantize(
             show_default="the format's own",
         ),
     ] = None,
+    float_zero_point: Annotated[
+        bool | None,
+        typer.Option("--float-zero-point", help="Zero points in float16.", show_default=False),
+    ] = None,
     double_quant: Annotated[
         bool | None,
         typer.Option("--double-quant", help="Scales of groups in 8 bits.", show_default=False),
@@ -76,7 +80,7 @@ def quantize(
         str,
         typer.Option(
             metavar="NAME",
-            help="How codes are chosen: rtn (fastest), mse (no data), gptq or auto (calibrated).",
+            help="How codes are chosen: rtn (fastest), mse, hqq; gptq, auto (calibrated).",
         ),
     ] = "rtn",
     data: Annotated[
@@ -159,6 +163,7 @@ def quantize(
             "--weights": weights,
             "--group-size": group_size,
             "--symmetric / --asymmetric": symmetric,
+            "--float-zero-point": float_zero_point,
             "--double-quant": double_quant,
             "--activations": activations,
             "--outlier-threshold": outlier_threshold,
@@ -172,6 +177,7 @@ def quantize(
             weights or "int8",
             group_size=group_size,
             symmetric=symmetric,
+            float_zero_point=float_zero_point or False,
             double_quant=double_quant or False,
             activations=activations,
             outlier_threshold=outlier_threshold,
@@ -185,6 +191,7 @@ def quantize(
         "weights": weights or ("int8" if rules is None else None),
         "group_size": group_size,
         "symmetric": symmetric,
+        "float_zero_point": float_zero_point,
         "double_quant": double_quant,
         "activations": activations,
         "outlier_threshold": outlier_threshold,

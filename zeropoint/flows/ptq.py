@@ -60,6 +60,7 @@ def quantize(
     *,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    float_zero_point: bool | None = None,
     double_quant: bool | None = None,
     activations: str | None = None,
     outlier_threshold: float | None = None,
@@ -75,7 +76,8 @@ def quantize(
 
     weights: a format name ("int8" when there is no recipe). group_size: values per scale along the
     input dimension; None for the format's default, -1 for one scale per output channel. symmetric:
-    None for the format's default. double_quant: store the scales of nf4 and fp4 in 8 bits.
+    None for the format's default. float_zero_point: zero points of integer formats are float16.
+    double_quant: store the scales of nf4 and fp4 in 8 bits.
     activations: "int8", "float8_e4m3fn" or "float8_e5m2" rounds the inputs of linear layers too,
     every token with a scale of its own, or after `zp.calibrate` with one range for all; None leaves
     them float.
@@ -96,6 +98,7 @@ def quantize(
         "weights": weights,
         "group_size": group_size,
         "symmetric": symmetric,
+        "float_zero_point": float_zero_point,
         "double_quant": double_quant,
         "activations": activations,
         "outlier_threshold": outlier_threshold,

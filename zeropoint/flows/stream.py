@@ -60,6 +60,7 @@ def compress(
     *,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    float_zero_point: bool | None = None,
     double_quant: bool | None = None,
     activations: str | None = None,
     outlier_threshold: float | None = None,
@@ -78,9 +79,9 @@ def compress(
     """Quantize a checkpoint that may be larger than memory into another one.
 
     source: a folder of safetensors, or a hub id. out: the folder to write. weights to strict: as
-    `zp.quantize` takes them. algorithm: "rtn" or "mse". task: as `zp.load` takes it. overwrite:
-    replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized and written
-    at the same time.
+    `zp.quantize` takes them. algorithm: "rtn", "mse" or "hqq". task: as `zp.load` takes it.
+    overwrite: replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized
+    and written at the same time.
 
     A run that ended early left what it had done beside `out`, and the same call goes on with it;
     the result is the same, byte by byte. fresh: start over instead. Files of the source that hold
@@ -94,6 +95,7 @@ def compress(
         "weights": weights,
         "group_size": group_size,
         "symmetric": symmetric,
+        "float_zero_point": float_zero_point,
         "double_quant": double_quant,
         "activations": activations,
         "outlier_threshold": outlier_threshold,

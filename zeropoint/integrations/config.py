@@ -20,6 +20,7 @@ _OPTIONS = (
     "weights",
     "group_size",
     "symmetric",
+    "float_zero_point",
     "double_quant",
     "activations",
     "outlier_threshold",
@@ -34,7 +35,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     weights to exclude, recipe, strict: as `zp.quantize` takes them. modules_to_not_convert: another
     name of exclude; like it, it adds to what is kept anyway. algorithm: one that needs no
-    calibration data ("rtn", "mse"). Raises RecipeError, UnknownNameError.
+    calibration data ("rtn", "mse", "hqq"). Raises RecipeError, UnknownNameError.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         group_size: int | None = None,
         symmetric: bool | None = None,
+        float_zero_point: bool | None = None,
         double_quant: bool | None = None,
         activations: str | None = None,
         outlier_threshold: float | None = None,
@@ -76,6 +78,7 @@ class ZeropointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.weights = weights
         self.group_size = group_size
         self.symmetric = symmetric
+        self.float_zero_point = float_zero_point
         self.double_quant = double_quant
         self.activations = activations
         self.outlier_threshold = outlier_threshold

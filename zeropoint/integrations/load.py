@@ -28,6 +28,7 @@ def load(
     *,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    float_zero_point: bool | None = None,
     double_quant: bool | None = None,
     activations: str | None = None,
     outlier_threshold: float | None = None,
@@ -51,8 +52,8 @@ def load(
     dtype: of float weights and activations; "auto" keeps the stored one. device_map: one device,
     "auto", or modules' names to devices, "cpu" or "disk" (with offload_folder=). weights to strict:
     quantize while loading, by the arguments of `zp.quantize`; memory then holds the quantized model
-    and one float weight. algorithm: "rtn" or "mse". quantization_config: a ZeropointConfig, or one
-    of transformers' for bitsandbytes, quanto, HQQ or torchao, which is translated and the
+    and one float weight. algorithm: "rtn", "mse" or "hqq". quantization_config: a ZeropointConfig,
+    or one of transformers' for bitsandbytes, quanto, HQQ or torchao, which is translated and the
     translation printed. load_in_4bit, load_in_8bit: as bitsandbytes has them. task: a transformers
     pipeline task ("text-generation" ...) to choose the class; by default the class that the
     configuration names. model: for a zeropoint checkpoint of a module that is not a transformers
@@ -63,6 +64,7 @@ def load(
         "weights": weights,
         "group_size": group_size,
         "symmetric": symmetric,
+        "float_zero_point": float_zero_point,
         "double_quant": double_quant,
         "activations": activations,
         "outlier_threshold": outlier_threshold,

@@ -196,13 +196,13 @@ def _hqq(config: Any) -> Translation:
     options: dict[str, Any] = {
         "weights": f"int{bits}",
         "group_size": size or PER_CHANNEL,
-        "symmetric": False,
+        "float_zero_point": True,
     }
     notes = [
-        f"HqqConfig is weights='int{bits}', group_size={options['group_size']}, symmetric=False; "
-        "zero points are integers here, numbers with a fraction in HQQ",
-        "codes are chosen by rounding, not by HQQ's solver; zp.quantize and "
-        "zp.freeze(model, 'mse') search for better scales without data",
+        f"HqqConfig is weights='int{bits}', group_size={options['group_size']}, "
+        "float_zero_point=True",
+        "codes are chosen by rounding, not by HQQ's solver: algorithm='hqq' is that, and "
+        "algorithm='mse' loses less",
     ]
     if parameters.get("axis", _get(config, "axis", 1)) == 0:
         notes.append("axis=0 is ignored: groups lie along the input dimension, HQQ's axis=1")

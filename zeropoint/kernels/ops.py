@@ -45,11 +45,11 @@ _LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}, str kernel) -> Tenso
 _LIBRARY.define(f"embedding(Tensor indices, {_WEIGHT}, ScalarType dtype, str kernel) -> Tensor")
 _LIBRARY.define(
     "image(Tensor weight, str format, str granularity, int group_size, bool symmetric, "
-    "str scale_dtype, bool double_quant) -> Tensor"
+    "bool float_zero_point, str scale_dtype, bool double_quant) -> Tensor"
 )
 _LIBRARY.define(
     "on_grid(Tensor weight, Tensor scale, Tensor? zero_point, str format, str granularity, "
-    "int group_size, str scale_dtype) -> Tensor"
+    "int group_size, bool float_zero_point, str scale_dtype) -> Tensor"
 )
 
 
@@ -85,6 +85,7 @@ def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
         granularity,
         group_size,
         zero_point is None,
+        zero_point is not None and zero_point.is_floating_point(),
         scale_dtype,
         double_quant,
         activations,
@@ -126,6 +127,7 @@ def _scheme(
     granularity: Any,
     group_size: int,
     symmetric: bool,
+    float_zero_point: bool,
     scale_dtype: str,
     double_quant: bool,
     activations: str,
@@ -135,6 +137,7 @@ def _scheme(
         granularity=granularity,
         group_size=group_size or None,
         symmetric=symmetric,
+        float_zero_point=float_zero_point,
         scale_dtype=scale_dtype,
         double_quant=double_quant,
         activations=activations or None,
@@ -261,6 +264,7 @@ def _image(
     granularity: Any,
     group_size: int,
     symmetric: bool,
+    float_zero_point: bool,
     scale_dtype: str,
     double_quant: bool,
 ) -> Tensor:
@@ -270,6 +274,7 @@ def _image(
         granularity=granularity,
         group_size=group_size or None,
         symmetric=symmetric,
+        float_zero_point=float_zero_point,
         scale_dtype=scale_dtype,
         double_quant=double_quant,
     ).contiguous()
@@ -281,7 +286,7 @@ def _image_fake(weight: Tensor, *scheme: Any) -> Tensor:
 
 def _image_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dL/dweight = dL/dimage: the straight-through estimator (arXiv:1308.3432)."""
-    return (grad, *([None] * 6))
+    return (grad, *([None] * 7))
 
 
 # --- on_grid ---
@@ -291,7 +296,7 @@ def _given_grid(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, *scheme: Any
 ) -> tuple[Tensor, Grid, Format]:
     """Blocks, their grid as it is stored, and the format, after checking that they fit together."""
-    format, granularity, group_size, scale_dtype = scheme
+    format, granularity, group_size, float_zero_point, scale_dtype = scheme
     fmt = get_format(format)
     blocks = blocked(weight, granularity, group_size or None)
     for name, part in (("scale", scale), ("zero_point", zero_point)):
@@ -302,7 +307,9 @@ def _given_grid(
                 f"{granularity} needs {tuple(blocks.shape[:2])} of a float dtype"
             ),
         )
-    return blocks, stored_grid(scale, zero_point, fmt, get_scale_dtype(scale_dtype)), fmt
+    dtype = get_scale_dtype(scale_dtype)
+    grid = stored_grid(scale, zero_point, fmt, dtype, float_zero_point=float_zero_point)
+    return blocks, grid, fmt
 
 
 def _on_grid(weight: Tensor, *grid: Any) -> Tensor:
@@ -329,7 +336,7 @@ def _on_grid_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_weight.view(weight.shape).to(weight.dtype),
         to_scale.to(scale.dtype),
         None if zero_point is None or to_zero is None else to_zero.to(zero_point.dtype),
-        *([None] * 4),
+        *([None] * 5),
     )
 
 
@@ -443,6 +450,7 @@ def image(weight: Tensor, scheme: Scheme, grid: Grid | None = None) -> Tensor:
             scheme.format,
             scheme.granularity,
             scheme.group_size or 0,
+            scheme.float_zero_point,
             scheme.scale_dtype,
         )
         return z
@@ -452,6 +460,7 @@ def image(weight: Tensor, scheme: Scheme, grid: Grid | None = None) -> Tensor:
         scheme.granularity,
         scheme.group_size or 0,
         scheme.symmetric,
+        scheme.float_zero_point,
         scheme.scale_dtype,
         scheme.double_quant,
     )

@@ -234,7 +234,8 @@ class QModule(nn.Module):
         weight, scheme = self.float_weight().detach(), self.scheme.stored
         for values in (weight, *(part.detach() for part in self.grid if part is not None)):
             check_finite(values)
-        grid = stored_grid(*self.grid, scheme.fmt, get_scale_dtype(scheme.scale_dtype))
+        dtype, float_zero = get_scale_dtype(scheme.scale_dtype), scheme.float_zero_point
+        grid = stored_grid(*self.grid, scheme.fmt, dtype, float_zero_point=float_zero)
         blocks = blocked(weight, scheme.granularity, scheme.group_size)
         codes = grid_codes(blocks, *grid, scheme.fmt).view(weight.shape)
         return QTensor.from_codes(Quantized(codes, *grid), scheme, weight.dtype)

@@ -61,8 +61,8 @@ class Quantized(NamedTuple):
 
     codes: the shape of the values; int8 (integer formats), uint8 (codebooks), float8 or
     float16/bfloat16.
-    scale: (R, G) of the scale dtype, or None for a downcast. zero_point: (R, G) int8, or None where
-    it is 0. R and G are given in `numerics.granularity`.
+    scale: (R, G) of the scale dtype, or None for a downcast. zero_point: (R, G) int8 or
+    float16, or None where it is 0. R and G are given in `numerics.granularity`.
     """
 
     codes: Tensor
@@ -116,15 +116,17 @@ def quantize(
     granularity: Granularity | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
+    float_zero_point: bool = False,
     scale_dtype: str = "float32",
 ) -> Quantized:
-    """Codes nearest to the values on the format's grid: codes = clamp(round(real / scale) +
-    zero_point).
+    """Codes nearest to the values on the format's grid: codes = clamp(round(real / scale +
+    zero_point)).
 
     values: (N, K) or any shape, float, finite. granularity: "tensor", "channel" or "group"; by
     default "group" when there is a group_size (values along K that share a scale), else "channel".
-    symmetric: zero_point is 0; False is for integer formats only. The grid spans each block's
-    minimum and maximum.
+    symmetric: zero_point is 0; False is for integer formats only. float_zero_point: it is float16,
+    and 0 need not be on the grid; with symmetric=False. The grid spans each block's minimum and
+    maximum.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError, UnknownNameError, RecipeError.
     """
     fmt = get_format(format)
@@ -133,6 +135,8 @@ def quantize(
         raise RecipeError(f"values are {values.dtype}, not floats; there is nothing to quantize")
     if not symmetric and fmt.kind != "integer":
         raise RecipeError(f"symmetric=False: {format} has no zero point; leave symmetric out")
+    if float_zero_point and symmetric:
+        raise RecipeError("float_zero_point=True needs symmetric=False: there is no zero point")
     if granularity is None:
         granularity = "channel" if group_size is None else "group"
     elif granularity != "group" and group_size is not None:
@@ -154,7 +158,10 @@ def quantize(
         of_zeros = 0.0 if fmt.kind == "codebook" else 1.0
         scale = affine.symmetric_scale(blocks, fmt.real_max, dtype, of_zeros=of_zeros)
     else:
-        scale, zero_point = affine.asymmetric_parameters(blocks, fmt, dtype)
+        parameters = (
+            affine.float_zero_parameters if float_zero_point else affine.asymmetric_parameters
+        )
+        scale, zero_point = parameters(blocks, fmt, dtype)
     codes = grid_codes(blocks, scale, zero_point, fmt)
     quantized = Quantized(codes.view(values.shape), scale, zero_point)
     check_image(values, quantized, format)
@@ -218,6 +225,7 @@ def fake_quantize(
     granularity: Granularity | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
+    float_zero_point: bool = False,
     scale_dtype: str = "float32",
     double_quant: bool = False,
 ) -> Tensor:
@@ -232,6 +240,7 @@ def fake_quantize(
         granularity=granularity,
         group_size=group_size,
         symmetric=symmetric,
+        float_zero_point=float_zero_point,
         scale_dtype=scale_dtype,
     )
     scale = q.scale

@@ -1,9 +1,10 @@
 """The affine grid: real = scale * (code - zero_point).
 
 Sources: Jacob et al. 2018 (arXiv:1712.05877) eq. 1 for the map; the range is widened to contain 0,
-so that 0 is exact and the zero point is a code. Scales are rounded *up* to their stored dtype
-before any code is chosen, so no value of the range is clipped and |value - dequantized| <= scale /
-2 holds for the scale that is stored.
+so that 0 is exact and the zero point is a code. A float zero point (HQQ's; the "stored minimum" of
+llama.cpp's Q4_1) needs no 0 in the range: the codes span the values alone. Scales are rounded *up*
+to their stored dtype before any code is chosen, so no value of the range is clipped and |value -
+dequantized| <= scale / 2 holds for the scale that is stored.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from zeropoint.numerics.formats import Format
 # float32, where the arithmetic happens; the other two share float32's exponent, and its subnormals
 # may be flushed to zero.
 SCALE_FLOOR = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
+FURTHEST_ZERO = 2048.0  # codes from 0 that a float zero point may lie: float16 counts in ones there
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
@@ -42,8 +44,14 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest positive number that `dtype` can hold and divide by. scale: any shape, float."""
-    return scale.clamp(SCALE_FLOOR[dtype], torch.finfo(dtype).max).to(dtype)
+    """The nearest number of its sign that `dtype` can hold and divide by. scale: (...) float."""
+    size = scale.abs().clamp(SCALE_FLOOR[dtype], torch.finfo(dtype).max)
+    return size.copysign(scale).to(dtype)
+
+
+def round_zero_point(zero_point: Tensor) -> Tensor:
+    """A float zero point as it is stored, float16. zero_point: any shape, float, in code units."""
+    return zero_point.clamp(-FURTHEST_ZERO, FURTHEST_ZERO).to(torch.float16)
 
 
 def symmetric_scale(
@@ -96,23 +104,59 @@ def asymmetric_parameters(
     """
     r_min, r_max = blocks.amin(dim=-1), blocks.amax(dim=-1)
     scale, zero_point = affine_parameters(r_min, r_max, fmt, scale_dtype)
-    constant = (r_min == r_max) & (r_max != 0) & (r_max.abs() <= torch.finfo(scale_dtype).max)
+    return _exact_where_constant(r_min, r_max, scale, zero_point)
+
+
+def _exact_where_constant(
+    r_min: Tensor, r_max: Tensor, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
+    constant = (r_min == r_max) & (r_max != 0) & (r_max.abs() <= torch.finfo(scale.dtype).max)
     if constant.any():
-        exact = round_scale_up(torch.where(constant, r_max.abs().double(), 1.0), scale_dtype)
+        exact = round_scale_up(torch.where(constant, r_max.abs().double(), 1.0), scale.dtype)
         scale = torch.where(constant, exact, scale)
         zero_point = torch.where(constant, torch.zeros_like(zero_point), zero_point)
     return scale, zero_point
 
 
+def float_zero_parameters(
+    blocks: Tensor, fmt: Format, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """scale = (r_max - r_min) / (q_max - q_min); zero_point = q_min - r_min / scale, not rounded to
+    a code, and the range not widened to contain 0.
+
+    blocks: (R, G, B) float; returns two of shape (R, G): scale (scale_dtype, > 0), zero_point
+    (float16). A range far from 0 gets a scale that keeps the zero point within `FURTHEST_ZERO`,
+    where rounding it to float16 moves the grid by half a step at most: so does every value's error
+    stay below half a step. Constant blocks as in `asymmetric_parameters`.
+    """
+    r_min, r_max = blocks.amin(dim=-1), blocks.amax(dim=-1)
+    low, high = r_min.double(), r_max.double()
+    furthest = 2 * torch.maximum(-low, high) / FURTHEST_ZERO  # the half is left for q_min
+    exact = torch.maximum((high - low) / (fmt.q_max - fmt.q_min), furthest)
+    scale = round_scale_up(torch.where(exact > 0, exact, 1.0), scale_dtype)
+    zero_point = round_zero_point(fmt.q_min - low / scale.double())
+    return _exact_where_constant(r_min, r_max, scale, zero_point)
+
+
+def steps_to_codes(steps: Tensor, zero_point: Tensor | None) -> Tensor:
+    """round(steps) + zero_point, not clamped; a zero point with a fraction is added first.
+
+    steps: (R, G, B) float, real / scale; zero_point: (R, G) int8, or float, or None.
+    """
+    if zero_point is None:
+        return torch.round(steps)
+    if zero_point.is_floating_point():
+        return torch.round(steps + zero_point.unsqueeze(-1).to(steps.dtype))
+    return torch.round(steps) + zero_point.unsqueeze(-1)
+
+
 def affine_codes(blocks: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Tensor:
-    """codes = clamp(round(real / scale) + zero_point, q_min, q_max), ties to even.
+    """codes = clamp(round(real / scale + zero_point), q_min, q_max), ties to even.
 
     blocks: (R, G, B) float; scale, zero_point: (R, G). Returns (R, G, B) int8.
     """
     wide = torch.promote_types(blocks.dtype, torch.float32)
-    codes = torch.round(blocks.to(wide) / scale.unsqueeze(-1).to(wide))
-    if zero_point is not None:
-        codes = codes + zero_point.unsqueeze(-1)
+    codes = steps_to_codes(blocks.to(wide) / scale.unsqueeze(-1).to(wide), zero_point)
     return codes.clamp_(fmt.q_min, fmt.q_max).to(torch.int8)
 
 

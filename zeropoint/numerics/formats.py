@@ -52,6 +52,13 @@ class Format:
         return (1 << (self.bits - 1)) - 1
 
     @property
+    def signed_scale(self) -> bool:
+        """Whether the scale of a symmetric grid may be negative, which puts the one code more that
+        there is below 0 on the side of the largest value. Of 256 codes one is nothing.
+        """
+        return self.kind == "integer" and self.bits <= 4
+
+    @property
     def real_max(self) -> float:
         """Largest magnitude a code stands for at scale 1."""
         if self.kind == "integer":

@@ -15,7 +15,9 @@ from zeropoint.numerics.formats import Format
 
 
 class Grid(NamedTuple):
-    """scale: (R, G) of the stored dtype, > 0. zero_point: (R, G) int8 or None."""
+    """scale: (R, G) of the stored dtype, > 0, or also < 0 where the format has a `signed_scale` and
+    there is no zero point. zero_point: (R, G) int8, float16 or None.
+    """
 
     scale: Tensor
     zero_point: Tensor | None

@@ -3,8 +3,9 @@ the zero point.
 
     image = s * (clamp(round(w / s) + z, q_min, q_max) - z)        or  s * levels[nearest(w / s)]
 
-with s rounded to the dtype it is stored in and z to a code, so that the image is what a frozen
-weight stands for. Both roundings, and that of w / s, pass the gradient straight through.
+with s rounded to the dtype it is stored in and z to a code, or to float16, so that the image is
+what a frozen weight stands for. Both roundings, and that of w / s, pass the gradient straight
+through.
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ import math
 import torch
 from torch import Tensor
 
-from zeropoint.numerics.affine import round_scale
+from zeropoint.numerics.affine import round_scale, round_zero_point, steps_to_codes
 from zeropoint.numerics.formats import Format
 from zeropoint.numerics.grid import Grid, grid_codes, grid_values
 
 
-def stored_grid(scale: Tensor, zero_point: Tensor | None, fmt: Format, dtype: torch.dtype) -> Grid:
+def stored_grid(
+    scale: Tensor,
+    zero_point: Tensor | None,
+    fmt: Format,
+    dtype: torch.dtype,
+    *,
+    float_zero_point: bool = False,
+) -> Grid:
     """The grid as a checkpoint stores it. scale: (R, G) float; zero_point: (R, G) float or None."""
-    if zero_point is not None:
+    if not (fmt.signed_scale and zero_point is None):
+        scale = scale.clamp_min(0.0)
+    if zero_point is not None and float_zero_point:
+        zero_point = round_zero_point(zero_point)
+    elif zero_point is not None:
         zero_point = torch.round(zero_point).clamp(fmt.q_min, fmt.q_max).to(torch.int8)
     return Grid(round_scale(scale, dtype), zero_point)
 
@@ -51,9 +63,7 @@ def grid_gradients(
     scale = grid.scale.float().unsqueeze(-1)
     steps = blocks.float() / scale
     if fmt.kind == "integer":
-        code = torch.round(steps)
-        if grid.zero_point is not None:
-            code += grid.zero_point.unsqueeze(-1)
+        code = steps_to_codes(steps, grid.zero_point)
         inside = (code >= fmt.q_min) & (code <= fmt.q_max)
     else:
         inside = steps.abs() <= fmt.real_max
