@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from zeropoint.algorithms.fold import LARGEST_FACTOR, balance, propagated
+from zeropoint.algorithms.gptq import DAMPING, gptq
+from zeropoint.algorithms.rtn import rtn
+from zeropoint.algorithms.search import search_grid
+from zeropoint.scheme import Scheme
 
 from .cases import hessian, problem
 
@@ -56,6 +60,55 @@ def test_weights_move_towards_the_least_squares_solution():
     least = float((x @ weight.double().T - y @ best).square().sum())
     assert miss(0) > miss(0.5) > miss(1) > least
     assert miss(1) - least < 0.3 * (miss(0) - least), "the damping of 1 % keeps the rest"
+
+
+def test_what_is_left_of_the_drift_is_orthogonal_to_the_inputs_but_for_damping():
+    """W* (H + dI) = W (G + dI) with G = mean x y^T, so (W x - W* y) y^T = d (W* - W)."""
+    weight, x, y = drifted()
+    h, cross = y.T @ y, (x - y).T @ y
+    moved = propagated(weight, h, cross, 1.0).double()
+    left = (x @ weight.double().T - y @ moved.T).T @ y
+    damping = 0.01 * h.diagonal().mean()
+    # moved was rounded to float32
+    torch.testing.assert_close(left, damping * (moved - weight), rtol=1e-3, atol=1e-3)
+
+
+def test_propagating_everything_and_gptq_is_qronos_but_for_its_first_column():
+    """The recursion of arXiv:2505.11695 in float64: column 0 is rounded from what is best while the
+    others are W, the rest becomes what is best for that, and then GPTQ. It rounds W* = W G H^-1 by
+    GPTQ where column 0 is correlated with no other, which is when its rule makes no difference.
+    """
+    weight, x, y = drifted()
+    h, cross = y.T @ y, (x - y).T @ y
+    for matrix in (h, cross):
+        matrix[0, 1:] = matrix[1:, 0] = 0.0
+    scheme = Scheme.of("int3", group_size=16)
+    target = propagated(weight, h, cross, 1.0)
+    found = gptq(target, h, scheme, order=False, sweeps=0)
+    assert found.algorithm == "gptq"
+
+    damped = h + DAMPING[0] * h.diagonal().mean() * torch.eye(64)
+    both = damped + cross  # X X^^T, and the same damping
+    grid = search_grid(target, scheme, h.diagonal(), start=rtn(target, scheme))
+    scale = grid.scale.double().repeat_interleave(16, 1)
+    zero = grid.zero_point.double().repeat_interleave(16, 1)
+    w = weight.double()
+    codes = torch.empty_like(w)
+
+    def error(k, value):
+        """Round column k and return what its value loses."""
+        codes[:, k] = (value / scale[:, k]).round().add(zero[:, k]).clamp(-4, 3)
+        return value - scale[:, k] * (codes[:, k] - zero[:, k])
+
+    first = (w @ both[:, 0] - w[:, 1:] @ damped[1:, 0]) / damped[0, 0]
+    q = first - error(0, first)
+    inverse = torch.linalg.inv(damped[1:, 1:])
+    rest = (w @ both[:, 1:] - q[:, None] * damped[0, 1:]) @ inverse
+    r = torch.linalg.cholesky(inverse, upper=True)
+    for k in range(63):
+        rest[:, k:] -= (error(k + 1, rest[:, k].clone()) / r[k, k])[:, None] * r[k, k:]
+    # What lies within float32's rounding of a midpoint may go either way.
+    assert (found.weight.codes != codes).double().mean() < 2e-3
 
 
 def test_a_hessian_or_drift_that_is_unusable_leaves_the_weight():
