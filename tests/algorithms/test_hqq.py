@@ -35,15 +35,15 @@ def test_no_block_loses_more_than_rounded_to_nearest(scheme, seed):
     assert (loss(found, weight) <= loss(rounded, weight) * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize(("name", "gain"), [("int4", 0.97), ("int3", 0.97), ("int2", 0.97)])
-def test_a_float_zero_point_is_where_the_gain_is(name, gain):
+@pytest.mark.parametrize("name", ["int4", "int3", "int2"])
+def test_a_float_zero_point_is_where_the_gain_is(name):
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     totals = {}
     for floats in (True, False):
         scheme = Scheme.of(name, group_size=64, float_zero_point=floats)
         before = loss(rtn(weight, scheme), weight).sum()
         totals[floats] = float(loss(hqq.hqq(weight, scheme), weight).sum() / before)
-    assert totals[True] < gain and totals[True] < totals[False]
+    assert totals[True] < 0.97 and totals[True] < totals[False]
 
 
 def test_with_a_penalty_of_nothing_the_zero_point_stays(monkeypatch):

@@ -38,8 +38,8 @@ def test_it_never_loses_more_in_a_weighted_norm(fmt, seed):
     assert found <= loss(rtn(weight, scheme), weight, importance) * (1 + 1e-5) + 1e-12
 
 
-# Tables 5.3 and 2.9 of the literature survey (iid N(0, 1)), computed independently with finer
-# searches; ours may lose at most 3 % to them, and 2 % with a float zero point.
+# Table 5.3 and section 2.12 of the literature survey (iid N(0, 1)), computed independently with
+# finer searches; ours may lose at most 3 % to them, and 2 % with a float zero point.
 @pytest.mark.parametrize(
     ("name", "mse"), [("int4", 0.0090), ("int3", 0.0347), ("int2", 0.135)], ids=str
 )
