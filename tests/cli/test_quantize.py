@@ -131,6 +131,17 @@ MISTAKES = {
         "--observer mse and --outlier-threshold exclude each other",
     ),
     "outliers of floats": (("--outlier-threshold", "6"), "6.0 needs activations='int8', not None"),
+    "no budget": (("--budget", "lots"), "'lots' is no size; write a number and MB"),
+    "formats of no budget": (("--formats", "int4"), "--formats is what --budget chooses from"),
+    "budget and formats": (
+        ("--budget", "1MB", "--weights", "int4", "--dtype", "bfloat16", "--recipe", "r.yaml"),
+        "--budget 1MB chooses the formats, and excludes --weights, --recipe, --dtype; name",
+    ),
+    "recipe into nowhere": (
+        ("--save-recipe", "nowhere/r.yaml"),
+        "--save-recipe nowhere/r.yaml cannot be written: the folder nowhere does not exist",
+    ),
+    "unknown candidate": (("--budget", "1MB", "--formats", "int4,int9"), "'int9' is not a format"),
     "unknown compute dtype": (("--compute-dtype", "int8"), "compute_dtype='int8' is unknown"),
     "double quant per channel": (("--double-quant",), "double_quant=True is for nf4 and fp4 with"),
     "missing recipe": (("--recipe", "missing.yaml"), "missing.yaml: cannot be read"),
@@ -296,6 +307,40 @@ def test_a_mistake_about_calibration_is_found_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_budget_is_kept_and_its_recipe_gives_the_same_bytes_again(
+    cli: Cli, llama: Path, words: Path, tmp_path: Path
+) -> None:
+    out, saved = tmp_path / "budget", tmp_path / "recipe.yaml"
+    ran = cli(
+        "quantize", llama, "-o", out, "--budget", "80kB", "--formats", "int2, int4,int8",
+        "--algorithm", "mse", "--data", words, "--calibration-tokens", 256, "--exclude",
+        "*.0.mlp.up_proj", "--save-recipe", saved, "--json", "-",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert zp.verify(out) == []
+    data = ran.json
+    assert data["bytes_after"] <= data["budget_bytes"] == 80_000
+    assert data["predicted_kl"] > 0 and data["measured_kl"] > 0 and data["predicted_error"] is None
+    assert "budget 0.1 MB: predicted loss " in ran.err
+    again = tmp_path / "again"
+    arguments = ("quantize", llama, "-o", again, "--algorithm", "mse", "--recipe", saved)
+    second = cli(*arguments, "--json", "-")
+    assert second.code == 0, second.err
+    assert second.json["recipe"] == data["recipe"] and second.json["budget_bytes"] is None
+    weights = "model.safetensors"
+    assert (again / weights).read_bytes() == (out / weights).read_bytes()
+
+
+def test_a_budget_that_nothing_fits_names_the_least(
+    cli: Cli, llama: Path, words: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ran = cli("quantize", llama, "-o", out, "--budget", "10kB", "--data", words)
+    assert (ran.code, ran.out) == (2, "")
+    assert "nothing fits in 10,000 bytes: the smallest choice takes " in ran.err
+    assert not out.exists()
+
+
 def test_static_ranges_are_calibrated_and_saved(
     cli: Cli, llama: Path, words: Path, tmp_path: Path
 ) -> None:
@@ -373,4 +418,7 @@ def test_there_is_nothing_to_start_over_where_nothing_is_kept(
     cli: Cli, llama: Path, tmp_path: Path
 ) -> None:
     ran = cli("quantize", llama, "-o", tmp_path / "out", "--algorithm", "gptq", "--fresh")
-    assert ran.code == 2 and "runs with calibration or another --dtype leave nothing" in ran.err
+    assert (
+        ran.code == 2
+        and "runs with calibration, a budget or another --dtype leave nothing" in ran.err
+    )

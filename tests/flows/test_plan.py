@@ -17,7 +17,7 @@ from bench._gguf import write_gguf
 from tests.models import ARCHITECTURES, build, tokenizer
 from zeropoint.errors import RecipeError, SourceError, UnknownNameError
 from zeropoint.flows import plan as module
-from zeropoint.flows.plan import parse_bytes
+from zeropoint.flows.budget import parse_bytes
 
 
 @pytest.fixture

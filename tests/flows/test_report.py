@@ -22,6 +22,11 @@ def test_the_dictionary_has_the_documented_keys_and_is_json():
         "coverage",
         "recipe",
         "warnings",
+        "budget_bytes",
+        "predicted_kl",
+        "measured_kl",
+        "predicted_error",
+        "measured_error",
     }
     keys = "name action scheme kernel reason elements bytes_before bytes_after".split()
     assert all(list(row) == keys for row in data["modules"])
@@ -47,6 +52,9 @@ def test_the_dictionary_has_the_documented_keys_and_is_json():
     }
     assert zp.Recipe.from_dict(data["recipe"]) == report.recipe
     assert data["warnings"] == []
+    assert {v for k, v in data.items() if k.startswith(("budget", "predicted", "measured"))} == {
+        None
+    }, "there was no budget"
 
 
 def test_bytes_and_bits_are_those_of_the_frozen_model():

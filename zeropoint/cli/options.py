@@ -78,6 +78,14 @@ RecipeFile = Annotated[
         show_default=False,
     ),
 ]
+SaveRecipe = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write the recipe (YAML), to be edited and given to quantize --recipe.",
+        show_default=False,
+    ),
+]
 Json = Annotated[
     str | None,
     typer.Option(
@@ -102,4 +110,12 @@ def refuse_json_in(output: Path, json_to: str | None) -> None:
         raise ZeropointError(
             f"--json {json_to} lies in {output}, which will hold the checkpoint and nothing else; "
             "write it beside"
+        )
+
+
+def check_recipe_file(path: Path | None) -> None:
+    """Raises ZeropointError for a `--save-recipe` in a folder that is not there."""
+    if path is not None and not path.parent.is_dir():
+        raise ZeropointError(
+            f"--save-recipe {path} cannot be written: the folder {path.parent} does not exist"
         )

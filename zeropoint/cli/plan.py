@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,9 @@ from zeropoint.cli.options import (
     Json,
     Model,
     RecipeFile,
+    SaveRecipe,
     Weights,
+    check_recipe_file,
 )
 from zeropoint.cli.reports import show_report
 from zeropoint.cli.screen import Screen, megabytes, silence_libraries
@@ -45,20 +46,14 @@ def plan(
             show_default="none",
         ),
     ] = None,
-    save_recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write the recipe (YAML), to be edited and given to quantize.",
-            show_default=False,
-        ),
-    ] = None,
+    save_recipe: SaveRecipe = None,
     json_to: Json = None,
     debug: Debug = False,
 ) -> None:
     """Say what quantizing a model would give and take. Reads its configuration and headers only."""
     start = time.perf_counter()
     screen = Screen(json_to)
+    check_recipe_file(save_recipe)
     with screen.spinner("starting"):
         import zeropoint as zp
 

@@ -20,7 +20,9 @@ from zeropoint.cli.options import (
     Output,
     Overwrite,
     RecipeFile,
+    SaveRecipe,
     Weights,
+    check_recipe_file,
     refuse_json_in,
 )
 from zeropoint.cli.reports import show_report
@@ -76,6 +78,24 @@ def quantize(
     include: Include = None,
     exclude: Exclude = None,
     recipe: RecipeFile = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="75MB, 2GiB ...: for each layer the format with which the model, as large as "
+            "that, loses least. Loads the whole model and runs it.",
+            show_default=False,
+        ),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="For --budget: formats to choose from, as int3,int4,int8.",
+            show_default="integers of 2 to 8 bits",
+        ),
+    ] = None,
+    save_recipe: SaveRecipe = None,
     algorithm: Annotated[
         str,
         typer.Option(
@@ -87,7 +107,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Text to calibrate by; self: what the model writes. For gptq and --observer.",
+            help="Text to calibrate by; self: what the model writes. For gptq, --observer and "
+            "--budget.",
             show_default="self",
         ),
     ] = None,
@@ -110,7 +131,11 @@ def quantize(
     ] = None,
     calibration_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", help="How much of it to use.", show_default="the effort's"),
+        typer.Option(
+            metavar="N",
+            help="How much of it to use.",
+            show_default="the effort's, 8192 to spend a budget",
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -145,6 +170,7 @@ def quantize(
     start = time.perf_counter()
     screen = Screen(json_to)
     refuse_json_in(output, json_to)
+    check_recipe_file(save_recipe)
     with screen.spinner("starting"):
         from zeropoint.checkpoints import native
         from zeropoint.checkpoints.atomic import check_writable
@@ -155,22 +181,30 @@ def quantize(
         silence_libraries()
     # What can be refused without the model is refused before the user has waited for it.
     check_writable(output, lambda folder: native.why_not_replace(folder, overwrite))
-    texts, options = _calibration(algorithm, observer, data, effort, calibration_tokens, seed)
+    texts, options = _calibration(
+        algorithm, observer, data, effort, calibration_tokens, seed, spends=budget is not None
+    )
     rest = float_dtype(dtype)
     rules = None
-    if recipe is not None:
-        given = {
-            "--weights": weights,
-            "--group-size": group_size,
-            "--symmetric / --asymmetric": symmetric,
-            "--float-zero-point": float_zero_point,
-            "--double-quant": double_quant,
-            "--activations": activations,
-            "--outlier-threshold": outlier_threshold,
-            "--compute-dtype": compute_dtype,
-            "--include": include,
-            "--exclude": exclude,
-        }
+    given = {
+        "--weights": weights,
+        "--group-size": group_size,
+        "--symmetric / --asymmetric": symmetric,
+        "--float-zero-point": float_zero_point,
+        "--double-quant": double_quant,
+        "--activations": activations,
+        "--outlier-threshold": outlier_threshold,
+        "--compute-dtype": compute_dtype,
+        "--include": include,
+    }
+    spending = {}
+    if budget is not None:
+        others = {"--recipe": recipe, "--observer": observer, "--dtype": rest}
+        spending = _spending(budget, formats, given | others, texts, calibration_tokens, options)
+    elif formats is not None:
+        raise RecipeError("--formats is what --budget chooses from; add --budget, or use --weights")
+    elif recipe is not None:
+        given["--exclude"] = exclude
         rules = _read_recipe(recipe, [name for name, value in given.items() if value is not None])
     else:
         scheme = Scheme.of(
@@ -188,7 +222,7 @@ def quantize(
             rest = scheme.fmt.dtype  # a downcast model computes in its own dtype
 
     how = {
-        "weights": weights or ("int8" if rules is None else None),
+        "weights": weights or ("int8" if rules is None and budget is None else None),
         "group_size": group_size,
         "symmetric": symmetric,
         "float_zero_point": float_zero_point,
@@ -204,19 +238,31 @@ def quantize(
     streams = texts is None and rest is None
     if fresh and not streams:
         raise RecipeError(
-            "--fresh starts over what an interrupted run left, and runs with calibration or "
-            "another --dtype leave nothing; leave it out"
+            "--fresh starts over what an interrupted run left, and runs with calibration, a budget "
+            "or another --dtype leave nothing; leave it out"
         )
     if streams:
         done = _streamed(screen, model, output, how, algorithm, overwrite=overwrite, fresh=fresh)
     else:
         done = _in_memory(
-            screen, model, output, how, algorithm, rest, observer, texts, options, overwrite
+            screen,
+            model,
+            output,
+            how,
+            algorithm,
+            rest,
+            observer,
+            texts,
+            options,
+            overwrite,
+            spending,
         )
 
     seconds = time.perf_counter() - start
     peak = peak_rss_bytes()
     report = done.report
+    if save_recipe is not None:
+        report.recipe.save(save_recipe)
     screen.json(
         {"model": model, "output": str(output), "algorithm": algorithm}
         | report.to_dict()
@@ -236,6 +282,8 @@ def quantize(
         f", {done.bits_per_weight:.2f} bits per weight, ",
         f"{report.coverage:.1%} of weight matrices quantized",
     )
+    if report.budget_line:
+        screen.line(report.budget_line)
     screen.line(
         "wrote ", (str(output), "bold"), f" in {seconds:.1f} s, peak memory {megabytes(peak)}"
     )
@@ -317,6 +365,7 @@ def _in_memory(
     texts: str | list[str] | None,
     options: Calibration,
     overwrite: bool,
+    spending: dict[str, Any],
 ) -> _Done:
     """The model as a whole: it has to run, or its other weights change their dtype."""
     import zeropoint as zp
@@ -325,8 +374,9 @@ def _in_memory(
 
     with screen.spinner(f"loading {model}"):
         loaded, tokenizer = zp.load(model)
-    with screen.spinner("checking the weights"):
-        report = zp.quantize(loaded, **how)
+    with screen.progress("spending the budget" if spending else "checking the weights") as on_step:
+        spent = spending and {"tokenizer": tokenizer, "on_step": on_step}
+        report = zp.quantize(loaded, **how, **spending, **spent)
     calibrated = get_algorithm(algorithm).needs != "nothing"
     with screen.progress("quantizing") as on_step:
         frozen = zp.freeze(
@@ -362,6 +412,8 @@ def _calibration(
     effort: str | None,
     tokens: int | None,
     seed: int | None,
+    *,
+    spends: bool,
 ) -> tuple[str | list[str] | None, Calibration]:
     """Data and how much of it; refused here where it can be, before the model is loaded."""
     from zeropoint.algorithms import get_algorithm
@@ -371,11 +423,11 @@ def _calibration(
     given = {"--data": data, "--effort": effort, "--calibration-tokens": tokens, "--seed": seed}
     named = [name for name, value in given.items() if value is not None]
     default = of_effort(effort or "medium")
-    if get_algorithm(algorithm).needs == "nothing" and observer is None:
+    if get_algorithm(algorithm).needs == "nothing" and observer is None and not spends:
         if named:
             raise RecipeError(
                 f"{', '.join(named)}: --algorithm {algorithm} uses no calibration data; leave it "
-                "out, or use --algorithm gptq, or --activations with --observer"
+                "out, or use --algorithm gptq, --budget, or --activations with --observer"
             )
         return None, default
     options = replace(
@@ -384,6 +436,33 @@ def _calibration(
         seed=default.seed if seed is None else seed,
     )
     return (SELF if data in (None, SELF) else [read_text(str(data))]), options
+
+
+def _spending(
+    budget: str,
+    formats: str | None,
+    given: dict[str, Any],
+    texts: str | list[str] | None,
+    tokens: int | None,
+    options: Calibration,
+) -> dict[str, Any]:
+    """What `zp.quantize` is told of a budget; refused here where it can be."""
+    from zeropoint.flows.budget import SCORE_TOKENS, parse_bytes, schemes_of
+
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise RecipeError(
+            f"--budget {budget} chooses the formats, and excludes {', '.join(named)}; name them in "
+            "--formats"
+        )
+    parse_bytes(budget)
+    names = None if formats is None else [n.strip() for n in formats.split(",") if n.strip()]
+    return {
+        "budget": budget,
+        "formats": schemes_of(names),
+        "data": texts,
+        "calibration": options if tokens else replace(options, tokens=SCORE_TOKENS),
+    }
 
 
 def _check_observer(observer: str | None, scheme: Scheme) -> None:

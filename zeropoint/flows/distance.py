@@ -19,7 +19,7 @@ def distance(answer: Any, target: Any, batch: Batch) -> Tensor:
 
     answer, target: outputs of a model for the batch. Raises StateError when their shapes differ.
     """
-    (ours, logits), (theirs, _) = _of_output(answer), _of_output(target)
+    (ours, logits), (theirs, _) = answer_of(answer), answer_of(target)
     if ours.shape != theirs.shape:
         raise StateError(
             f"the model answers {tuple(ours.shape)} and its teacher {tuple(theirs.shape)}; they "
@@ -34,8 +34,8 @@ def distance(answer: Any, target: Any, batch: Batch) -> Tensor:
     return (ours.float() - theirs).square().sum() / theirs.square().sum()
 
 
-def _of_output(output: Any) -> tuple[Tensor, bool]:
-    """The tensor to compare, and whether it holds logits."""
+def answer_of(output: Any) -> tuple[Tensor, bool]:
+    """The tensor of an output that is compared, and whether it holds logits."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits, True

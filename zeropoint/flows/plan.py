@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from zeropoint.checkpoints import native
 from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored, read_headers
 from zeropoint.checkpoints.shard import DTYPES, layout
 from zeropoint.errors import RecipeError, SourceError, StreamError
+from zeropoint.flows.budget import parse_bytes
 from zeropoint.flows.ptq import Patterns, dtype_name
 from zeropoint.flows.report import Report
 from zeropoint.flows.stream import WORKERS, outline, without_values
@@ -24,11 +24,6 @@ from zeropoint.model.source import Source, resolve
 from zeropoint.numerics import FORMATS
 from zeropoint.scheme import Recipe
 
-UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20} | {
-    "gib": 2**30,
-    "tib": 2**40,
-    "b": 1,
-}
 FOR_BUDGETS = ("int8", "int6", "int5", "int4", "int3", "int2")  # widest first
 SMALL_MODEL = 1_000_000_000  # parameters; below it, few bits lose much
 
@@ -146,18 +141,6 @@ def plan(
         f"nothing fits in {limit / 1e6:,.1f} MB: {FOR_BUDGETS[-1]} takes {needed / 1e6:,.1f} MB"
         + ("" if context is None else f" with {context} tokens of context")
     )
-
-
-def parse_bytes(text: str | float) -> int:
-    """Bytes of "8GB", "7.5 GiB", "800" or a number. Raises RecipeError.
-
-    >>> parse_bytes("8GB"), parse_bytes("1.5 KiB")
-    (8000000000, 1536)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", str(text))
-    if match is None or match[2].lower() not in UNITS:
-        raise RecipeError(f"{text!r} is no size; write a number and MB, GB, MiB or GiB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 def _plan(

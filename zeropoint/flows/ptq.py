@@ -10,7 +10,7 @@ the model as it was.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,6 +29,7 @@ from zeropoint.errors import (
     ZeropointError,
     nearest,
 )
+from zeropoint.flows.budget import SCORE_TOKENS, Formats, parse_bytes, recipe_of, schemes_of, spend
 from zeropoint.flows.calibrate import calibrate
 from zeropoint.flows.data import Calibration, Data, of_effort, prepare
 from zeropoint.flows.qat import float_copy, tune
@@ -70,6 +71,12 @@ def quantize(
     exclude: Patterns = None,
     recipe: Recipe | None = None,
     strict: bool = True,
+    budget: str | float | None = None,
+    formats: Formats | None = None,
+    data: Data | None = None,
+    tokenizer: Any = None,
+    calibration: Calibration | None = None,
+    on_step: OnStep = no_progress,
 ) -> Report:
     """Put the model into the live state: float weights kept, every forward uses their quantized
     image. In place.
@@ -90,9 +97,15 @@ def quantize(
     these. strict=False turns an unused rule, a group size that does not divide K, and a missed
     coverage into warnings.
 
+    budget: bytes, or text like "75MB", for the whole model as stored, instead of `weights`: every
+    weight gets one of `formats` (names, or Schemes; by default integers of 2 to 8 bits, 4 and more
+    for embeddings and heads), so that the loss of the whole is least. The model runs for that, on
+    `data` as `zp.freeze` takes it, 8192 tokens unless `calibration` says otherwise; the report says
+    what loss is predicted and what is measured (`zeropoint.flows.budget`).
+
     Raises StateError (quantized already, or on the meta device), UnusedRuleError, GroupSizeError,
-    CoverageError, NonFiniteError, ScaleRangeError, RecipeError, UnknownNameError. The model is
-    unchanged when it raises.
+    CoverageError, NonFiniteError, ScaleRangeError, RecipeError, UnknownNameError, and with a budget
+    TextError (unusable data). The model is unchanged when it raises.
     """
     options = {
         "weights": weights,
@@ -107,17 +120,28 @@ def quantize(
         "include": include,
         "exclude": exclude,
     }
-    plan = planned(model, options, recipe=recipe, strict=strict)
-    for site, scheme in plan.schemes.items():
-        try:
-            for parameter in site.module.parameters(recurse=False):
-                if parameter.device.type == "meta":
-                    raise StateError("on the meta device, without values; load the weights first")
-                if parameter.dim() >= 2:
-                    check_finite(parameter)
-                    check_range(parameter, scheme.format)
-        except ZeropointError as e:
-            raise type(e)(f"{site.name}.weight: {e}") from e
+    spending = {
+        "formats": formats,
+        "data": data,
+        "tokenizer": tokenizer,
+        "calibration": calibration,
+    }
+    if budget is None:
+        named = [name for name, value in spending.items() if value is not None]
+        if named:
+            raise RecipeError(f"{', '.join(named)}: only a budget needs that; give budget= as well")
+        plan = planned(model, options, recipe=recipe, strict=strict)
+        _check_values(plan)
+    else:
+        given = {k: v for k, v in (options | {"recipe": recipe}).items() if v is not None}
+        given.pop("exclude", None)
+        if given:
+            raise RecipeError(
+                f"a budget chooses the formats; leave {', '.join(given)} out, or name Schemes in "
+                "formats="
+            )
+        use = calibration or Calibration(tokens=SCORE_TOKENS)
+        plan = _budgeted(model, budget, formats, exclude, data, tokenizer, use, strict, on_step)
     owners: dict[int, QModule] = {}
     for site, scheme in plan.schemes.items():
         quantized = quantized_type(site.module)
@@ -129,6 +153,74 @@ def quantize(
         replace_module(model, site.names, live)
     remember_recipe(model, plan.report.recipe)
     return plan.report
+
+
+def _check_values(plan: Planned) -> None:
+    """Raises StateError, NonFiniteError, ScaleRangeError naming the weight."""
+    for site, scheme in plan.schemes.items():
+        try:
+            for parameter in site.module.parameters(recurse=False):
+                if parameter.device.type == "meta":
+                    raise StateError("on the meta device, without values; load the weights first")
+                if parameter.dim() >= 2:
+                    check_finite(parameter)
+                    check_range(parameter, scheme.format)
+        except ZeropointError as e:
+            raise type(e)(f"{site.name}.weight: {e}") from e
+
+
+def _budgeted(
+    model: nn.Module,
+    budget: str | float,
+    formats: Formats | None,
+    exclude: Patterns,
+    data: Data | None,
+    tokenizer: Any,
+    calibration: Calibration,
+    strict: bool,
+    on_step: OnStep,
+) -> Planned:
+    """The plan whose recipe loses least within the budget. The model is as it was afterwards."""
+    limit, schemes = parse_bytes(budget), schemes_of(formats)
+    # Every weight at int8 shows which there are, and what stands in the way of others.
+    everything = planned(model, {"weights": "int8", "exclude": exclude}, strict=strict)
+    _check_values(everything)
+    sites = list(everything.schemes)
+    other = everything.report.bytes_before - sum({s.tied: s.bytes for s in sites}.values())
+    # One window at a time: each is a sample of the gradient.
+    options = replace(calibration, batch_tokens=calibration.window)
+    allocation = spend(
+        model,
+        sites,
+        limit,
+        other,
+        schemes,
+        lambda: prepare(model, data, tokenizer, options, on_step),
+        calibration.seed,
+        on_step,
+    )
+    kept = tuple(Rule(match=pattern) for pattern in _patterns(exclude) or ())
+    recipe = recipe_of(allocation.schemes, kept)
+    plan = planned(model, {}, recipe=recipe, strict=strict)
+    reasons = {m.name: m.reason for m in everything.report.kept}
+    report = replace(
+        plan.report,
+        modules=tuple(
+            replace(m, reason=reasons.get(m.name, m.reason)) for m in plan.report.modules
+        ),
+        warnings=tuple(
+            dict.fromkeys(
+                (*everything.report.warnings, *plan.report.warnings, *allocation.warnings)
+            )
+        ),
+        budget_bytes=limit,
+        **{
+            f"{when}_{'kl' if allocation.logits else 'error'}": getattr(allocation, when)
+            for when in ("predicted", "measured")
+        },
+    )
+    assert plan.schemes == allocation.schemes and report.bytes_after <= limit
+    return Planned(schemes=plan.schemes, report=report)
 
 
 def _start(live: QModule) -> Grid:

@@ -147,6 +147,11 @@ class Report:
     coverage: share of weight-matrix elements that are quantized. bits_per_weight: 8 * bytes_after /
     parameters.
     warnings: what `strict=True` would have refused.
+    budget_bytes: what the whole model had to fit in; None without a budget, as the rest then is.
+    predicted_kl, measured_kl: what the recipe costs, in nats per token, by second order and by
+    running the model, both with codes on the grid of least squared error (algorithm "mse").
+    predicted_error, measured_error: instead of these for a model without logits, the relative
+    squared error of its answers.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -156,11 +161,30 @@ class Report:
     coverage: float
     recipe: Recipe
     warnings: tuple[str, ...] = ()
+    budget_bytes: int | None = None
+    predicted_kl: float | None = None
+    measured_kl: float | None = None
+    predicted_error: float | None = None
+    measured_error: float | None = None
 
     @property
     def kept(self) -> tuple[ModuleReport, ...]:
         """The modules that were not quantized."""
         return tuple(m for m in self.modules if m.action == "kept")
+
+    @property
+    def budget_line(self) -> str:
+        """The budget and the losses in words; empty without a budget."""
+        if self.budget_bytes is None:
+            return ""
+        losses = {"nats of KL per token": (self.predicted_kl, self.measured_kl)}
+        losses["relative error"] = (self.predicted_error, self.measured_error)
+        shown = "".join(
+            f": predicted loss {predicted:.4g}, measured {measured:.4g} {unit}"
+            for unit, (predicted, measured) in losses.items()
+            if predicted is not None and measured is not None
+        )
+        return f"budget {self.budget_bytes / 1e6:,.1f} MB{shown}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as the command line's JSON has it."""
@@ -174,6 +198,8 @@ class Report:
             f"{self.bits_per_weight:.2f} bits per weight, {self.coverage:.1%} of weight matrices "
             "quantized"
         ]
+        if self.budget_bytes is not None:
+            lines.append("  " + self.budget_line)
         groups: dict[tuple[str, str], list[ModuleReport]] = {}
         for m in self.modules:
             what = m.scheme if m.action == "quantized" else "kept"
