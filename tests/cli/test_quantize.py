@@ -132,7 +132,7 @@ MISTAKES = {
     ),
     "outliers of floats": (("--outlier-threshold", "6"), "6.0 needs activations='int8', not None"),
     "unknown compute dtype": (("--compute-dtype", "int8"), "compute_dtype='int8' is unknown"),
-    "double quant per channel": (("--double-quant",), "double_quant=True is for nf4 and fp4 with"),
+    "double quant per channel": (("--double-quant",), "double_quant=True is for codebooks with"),
     "missing recipe": (("--recipe", "missing.yaml"), "missing.yaml: cannot be read"),
     "recipe and inputs": (
         ("--recipe", "r.yaml", "--float-zero-point", "--double-quant"),
