@@ -130,7 +130,7 @@ assert not any(name.startswith("zeropoint") for name in sys.modules)
 @pytest.mark.parametrize("write", [zp.save, lambda m, path: m.save_pretrained(path)])
 def test_loading_without_zeropoint_fails_loudly(write, tmp_path):
     folders = []
-    for weights in ("int8", "int4", "nf4", "float8_e4m3fn"):
+    for weights in ("int8", "int4", "nf4", "mxfp8_e4m3", "nvfp4", "float8_e4m3fn"):
         model = build("llama")
         zp.quantize(model, weights)
         zp.freeze(model)
