@@ -146,7 +146,7 @@ def test_loading_without_zeropoint_fails_loudly(write, tmp_path):
         [sys.executable, "-c", WITHOUT_ZEROPOINT, *folders], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:-1] == ["refused: True"] * 8
+    assert done.stdout.split("\n")[:-1] == ["refused: True"] * len(folders)
 
 
 def test_codes_do_not_fit_into_a_float_module(path):

@@ -210,6 +210,6 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
         sll, swl = sll - 2 * z * sl + z * z * sk, swl - z * sw
         zero_point = z.to(torch.int8)
     scale = swl / torch.where(sll > 0, sll, 1.0)
-    same_sign = scale.sign() == grid.scale.sign()
+    same_sign = scale.sign() == grid.scale.float().sign()
     scale = torch.where((sll > 0) & same_sign, scale, grid.scale.float())
     return Grid(round_scale(scale, dtype), zero_point)
