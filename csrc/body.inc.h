@@ -55,8 +55,16 @@ static inline float scalar_bf16(uint16_t h) {
   return out;
 }
 
+static inline float scalar_e8m0(uint8_t exponent) {  // 2^-127 is a subnormal
+  uint32_t bits = exponent == 0 ? 0x00400000 : exponent == 255 ? 0x7fc00000 : (uint32_t)exponent << 23;
+  float out;
+  __builtin_memcpy(&out, &bits, 4);
+  return out;
+}
+
 static inline float read_float(const void* p, int64_t i, int32_t dtype) {
   if (dtype == ZP_F32) return ((const float*)p)[i];
+  if (dtype == ZP_E8M0) return scalar_e8m0(((const uint8_t*)p)[i]);
   uint16_t h = ((const uint16_t*)p)[i];
   return dtype == ZP_F16 ? scalar_f16(h) : scalar_bf16(h);
 }
@@ -564,6 +572,7 @@ static inline void put_scale(void* scale, int64_t at, int32_t dtype, float value
 struct Levels {  // of a codebook, in ascending order, with the midpoints between neighbours
   float midpoint[15];
   uint8_t code[16];
+  float lowest, highest;
   int count;
   explicit Levels(const float* levels) : count(0) {
     float value[16];
@@ -574,6 +583,7 @@ struct Levels {  // of a codebook, in ascending order, with the midpoints betwee
       value[at] = levels[c], code[at] = (uint8_t)c, count++;
     }
     for (int i = 0; i + 1 < count; i++) midpoint[i] = (value[i + 1] + value[i]) / 2;
+    lowest = value[0], highest = value[15];
   }
 };
 
@@ -586,6 +596,8 @@ static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t
   double q_max = (double)((1 << (f.bits - 1)) - 1), q_min = -(double)(1 << (f.bits - 1));
   float half = (float)(1 << (f.bits - 1)), top = (float)((1 << f.bits) - 1);
   const Levels levels(f.levels);
+  double below = q_max, above = q_max;  // how far the symmetric grid reaches at scale 1
+  if (f.kind == ZP_CODEBOOK) below = -(double)levels.lowest, above = (double)levels.highest;
   for (int64_t begin = 0, group = 0; begin < k; begin += f.group_size, group++) {
     int64_t end = begin + f.group_size, i = begin, at = row * f.scale_stride + group;
     float low = x[begin], high = x[begin];
@@ -617,13 +629,13 @@ static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t
       zero_point[at] = (int8_t)z;
     } else {
       double magnitude = -(double)low > (double)high ? -(double)low : (double)high;
-      bool one_magnitude = magnitude <= stored_max(f.scale_dtype);
+      bool one_magnitude = magnitude <= stored_max(f.scale_dtype) && below >= 1 && above >= 1;
       for (int64_t c = begin; one_magnitude && c < end; c++) {
         one_magnitude = x[c] == 0 || __builtin_fabs((double)x[c]) == magnitude;
       }
-      double real_max = f.kind == ZP_INTEGER ? q_max : 1.0;
       double none = f.kind == ZP_CODEBOOK ? 0.0 : 1.0;  // the scale of zeros
-      s = scale_up(magnitude > 0 ? one_magnitude ? magnitude : magnitude / real_max : none, f.scale_dtype);
+      double spread = -(double)low / below > (double)high / above ? -(double)low / below : (double)high / above;
+      s = scale_up(magnitude > 0 ? one_magnitude ? magnitude : spread : none, f.scale_dtype);
     }
     if (!(s <= stored_max(f.scale_dtype))) return ZP_BAD_ARGUMENT;
     put_scale(scale, at, f.scale_dtype, s);

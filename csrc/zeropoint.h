@@ -18,11 +18,12 @@ extern "C" {
 #define ZP_VERSION 3
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
-enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT };                                            // dtypes of floats
+enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT, ZP_E8M0 };                                   // dtypes of floats
 enum { ZP_OK = 0, ZP_BAD_INDEX = 1, ZP_NO_MEMORY = 2, ZP_BAD_ARGUMENT = 3 };                  // return codes
 
 // How a weight is stored. With scale_dtype ZP_DOUBLE_QUANT, scales are 8-bit themselves: a float32 offset, then for
-// every 256 scales their float32 absmax and 256 codes; scale = offset + absmax * scale_levels[code].
+// every 256 scales their float32 absmax and 256 codes; scale = offset + absmax * scale_levels[code]. With ZP_E8M0 a
+// scale is 2^(byte - 127), 255 being NaN.
 typedef struct {
   int32_t kind, bits;
   int64_t n, k;

@@ -43,6 +43,11 @@ CODEBOOKS = [f for f in FORMATS.values() if f.kind == "codebook"]
 DOWNCASTS = [f for f in FORMATS.values() if f.kind == "downcast"]
 
 
+def has_units(fmt: Format) -> bool:
+    """Whether the grid has -1, 0 and 1, so that constants and zeros are exact. Not iq4nl's."""
+    return fmt.levels is None or {-1.0, 0.0, 1.0} <= set(fmt.levels)
+
+
 def symmetries(fmt: Format) -> tuple[bool, ...]:
     """The values of `symmetric` that a format allows."""
     return (True, False) if fmt.kind == "integer" else (True,)

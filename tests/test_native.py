@@ -295,9 +295,10 @@ def special_blocks(k, scheme):
     else:
         levels = torch.tensor(sorted(fmt.levels))
         x[12] = ((levels[1:] + levels[:-1]) / 2)[torch.arange(k) % 15]
-        x[12, ::7] = 1.0
-    x[13] = 65024 * noise(k, seed=2).sign()  # near float16's end, and a bfloat16
-    x[14] = x[14].clamp(-1, 1) * 65024
+        x[12, ::7] = -1.0
+    end = 65024 * min(1.0, *fmt.reach)  # near float16's, for the scale too, and a bfloat16
+    x[13] = end * noise(k, seed=2).sign()
+    x[14] = x[14].clamp(-1, 1) * end
     x[15, 0] = 1e4
     return x
 

@@ -27,7 +27,7 @@ def test_the_default_scheme_is_what_the_table_says(name):
     assert scheme.group_size == fmt.group_size and scheme.symmetric == fmt.symmetric
     assert scheme.granularity == ("group" if fmt.group_size else "channel")
     narrow = fmt.group_size and fmt.kind == "integer"  # codebooks: as bitsandbytes has them
-    assert scheme.scale_dtype == ("float16" if narrow else "float32")
+    assert scheme.scale_dtype == (fmt.scale_dtype or ("float16" if narrow else "float32"))
 
 
 def test_arguments_change_the_default():

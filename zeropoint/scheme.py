@@ -44,7 +44,7 @@ class Scheme:
     not symmetric only. Then 0 need not be on the grid, which spans the values alone.
     scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to
     it.
-    double_quant: nf4 and fp4 only; the scales of groups are stored in 8 bits themselves
+    double_quant: codebooks only; the scales of groups are stored in 8 bits themselves
     (`numerics.double_quant`).
     activations: None (inputs stay float), or "int8", "float8_e4m3fn", "float8_e5m2": the input of a
     linear layer is rounded before it is multiplied, each token with its own scale, or the whole
@@ -133,7 +133,7 @@ class Scheme:
         stored = (self.fmt.kind, self.granularity, self.scale_dtype)
         if self.double_quant and stored != ("codebook", "group", "float32"):
             raise RecipeError(
-                "double_quant=True is for nf4 and fp4 with a group_size and scale_dtype='float32', "
+                "double_quant=True is for codebooks with a group_size and scale_dtype='float32', "
                 f"not {self.format} per {self.granularity} with {self.scale_dtype} scales; "
                 "leave it out"
             )
@@ -166,8 +166,8 @@ class Scheme:
         """The scheme that `format` has by default, changed where an argument is given.
 
         group_size: None for the format's default, -1 for one scale per channel. symmetric: None for
-        the default, which a float zero point makes False. Scales of groups are float16; those of
-        codebooks are float32, as bitsandbytes has them.
+        the default, which a float zero point makes False. Scales of groups have the format's
+        scale_dtype, those of channels are float32.
 
         >>> str(Scheme.of("int4"))
         'int4 g32 asymmetric'
@@ -178,14 +178,16 @@ class Scheme:
         size = fmt.group_size if group_size is None else group_size
         if size == PER_CHANNEL:
             size = None
-        narrow = size is not None and fmt.kind != "codebook"
+        scale_dtype = "float32"
+        if size is not None and not double_quant:
+            scale_dtype = fmt.scale_dtype or ("float32" if fmt.kind == "codebook" else "float16")
         return cls(
             format=format,
             granularity="channel" if size is None else "group",
             group_size=size,
             symmetric=fmt.symmetric and not float_zero_point if symmetric is None else symmetric,
             float_zero_point=float_zero_point,
-            scale_dtype="float16" if narrow else "float32",
+            scale_dtype=scale_dtype,
             double_quant=double_quant,
             activations=activations,
             outlier_threshold=outlier_threshold,

@@ -41,11 +41,18 @@ def test_it_never_loses_more_in_a_weighted_norm(fmt, seed):
 # Table 5.3 and section 2.12 of the literature survey (iid N(0, 1)), computed independently with
 # finer searches; ours may lose at most 3 % to them, and 2 % with a float zero point.
 @pytest.mark.parametrize(
-    ("name", "mse"), [("int4", 0.0090), ("int3", 0.0347), ("int2", 0.135)], ids=str
+    ("name", "group_size", "mse"),
+    [
+        ("int4", 128, 0.0090),
+        ("int3", 128, 0.0347),
+        ("int2", 128, 0.135),
+        ("iq4nl", 32, 0.00595),
+    ],
+    ids=str,
 )
-def test_on_a_gaussian_it_reaches_the_known_error(name, mse):
+def test_on_a_gaussian_it_reaches_the_known_error(name, group_size, mse):
     weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
-    scheme = Scheme.of(name, group_size=128)
+    scheme = Scheme.of(name, group_size=group_size)
     assert loss(search(weight, scheme), weight) / weight.numel() < 1.03 * mse
 
 

@@ -143,7 +143,7 @@ MISTAKES = {
     ),
     "unknown candidate": (("--budget", "1MB", "--formats", "int4,int9"), "'int9' is not a format"),
     "unknown compute dtype": (("--compute-dtype", "int8"), "compute_dtype='int8' is unknown"),
-    "double quant per channel": (("--double-quant",), "double_quant=True is for nf4 and fp4 with"),
+    "double quant per channel": (("--double-quant",), "double_quant=True is for codebooks with"),
     "missing recipe": (("--recipe", "missing.yaml"), "missing.yaml: cannot be read"),
     "recipe and inputs": (
         ("--recipe", "r.yaml", "--float-zero-point", "--double-quant"),

@@ -153,7 +153,7 @@ def test_a_float_zero_point_spans_the_values_alone(fmt):
 @given(dtype=DTYPES, values=BLOCKS)
 def test_symmetric_codes_stay_in_range_keep_zero_and_err_by_half_a_step(fmt, dtype, values):
     blocks = torch.cat([block(values), torch.zeros(1, 1, 1)], dim=-1)
-    scale = symmetric_scale(blocks, fmt.real_max, dtype)
+    scale = symmetric_scale(blocks, fmt.reach, dtype)
     codes = affine_codes(blocks, scale, None, fmt)
     image = affine_values(codes, scale, None)
     assert codes.min() >= -fmt.q_max and codes.max() <= fmt.q_max, "q_min is not used"
@@ -181,7 +181,7 @@ def test_quantizing_the_image_with_the_stored_parameters_gives_the_same_codes(
 ):
     blocks, zero_point = block(values), None
     if symmetric:
-        scale = symmetric_scale(blocks, fmt.real_max, torch.float16)
+        scale = symmetric_scale(blocks, fmt.reach, torch.float16)
     else:
         scale, zero_point = asymmetric_parameters(blocks, fmt, torch.float16)
     codes = affine_codes(blocks, scale, zero_point, fmt)
@@ -194,8 +194,8 @@ def test_quantizing_the_image_with_the_stored_parameters_gives_the_same_codes(
 @given(values=BLOCKS)
 def test_a_symmetric_grid_treats_both_signs_alike(fmt, values):
     blocks = block(values)
-    scale = symmetric_scale(blocks, fmt.real_max, torch.float16)
-    assert torch.equal(symmetric_scale(-blocks, fmt.real_max, torch.float16), scale)
+    scale = symmetric_scale(blocks, fmt.reach, torch.float16)
+    assert torch.equal(symmetric_scale(-blocks, fmt.reach, torch.float16), scale)
     codes = affine_codes(blocks, scale, None, fmt)
     assert torch.equal(affine_codes(-blocks, scale, None, fmt), -codes)
 
@@ -204,7 +204,7 @@ def test_a_symmetric_grid_treats_both_signs_alike(fmt, values):
 @pytest.mark.parametrize("magnitude", [3.0, 0.1, 1e-30, 1e30])
 def test_a_block_of_one_magnitude_is_exact_with_codes_of_one(fmt, magnitude):
     blocks = block([magnitude, 0.0, -magnitude, magnitude])
-    scale = symmetric_scale(blocks, fmt.real_max, torch.float32)
+    scale = symmetric_scale(blocks, fmt.reach, torch.float32)
     codes = affine_codes(blocks, scale, None, fmt)
     assert codes.flatten().tolist() == [1, 0, -1, 1]
     assert torch.equal(affine_values(codes, scale, None), blocks)
@@ -224,7 +224,7 @@ def test_a_constant_block_is_exact_one_step_from_zero(fmt, constant):
 @integers
 def test_a_zero_block_has_scale_one_and_zero_codes(fmt):
     blocks = torch.zeros(1, 1, 4)
-    assert symmetric_scale(blocks, fmt.real_max, torch.float16).item() == 1
+    assert symmetric_scale(blocks, fmt.reach, torch.float16).item() == 1
     for parameters in (asymmetric_parameters, float_zero_parameters):
         scale, zero_point = parameters(blocks, fmt, torch.float16)
         assert scale.item() == 1

@@ -46,19 +46,20 @@ def test_quantizing_the_image_with_the_stored_scale_gives_the_same_codes(fmt, va
 
 
 @codebooks
-def test_zero_is_stored_as_the_code_of_plus_zero(fmt):
+def test_zero_is_stored_as_the_code_of_plus_zero_or_of_the_least_level(fmt):
     codes = codebook_codes(torch.zeros(1, 1, 3), UNIT, fmt)
-    assert codes.flatten().tolist() == [fmt.levels.index(0.0)] * 3
+    assert codes.flatten().tolist() == [fmt.levels.index(min(fmt.levels, key=abs))] * 3
     assert not codebook_values(codes, UNIT, fmt).signbit().any()
 
 
 @codebooks
 def test_each_block_has_its_own_scale(fmt):
     scale = torch.tensor([[1.0, 4.0], [0.5, 2.0]], dtype=torch.float16)
-    codes = torch.full((2, 2, 3), fmt.levels.index(1.0), dtype=torch.uint8)
+    codes = torch.full((2, 2, 3), fmt.levels.index(max(fmt.levels)), dtype=torch.uint8)
     values = codebook_values(codes, scale, fmt)
     assert values.dtype == torch.float32
-    assert torch.equal(values, scale.float().unsqueeze(-1).expand(2, 2, 3))
+    expected = scale.float().unsqueeze(-1) * fmt.reach[1]
+    assert torch.equal(values, expected.expand(2, 2, 3))
 
 
 @codebooks

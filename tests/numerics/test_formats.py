@@ -4,7 +4,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.helpers import CODEBOOKS, DOWNCASTS, INTEGERS, SCALED
+from tests.helpers import CODEBOOKS, DOWNCASTS, INTEGERS, SCALED, has_units
 from zeropoint.errors import UnknownNameError
 from zeropoint.numerics import FORMATS, get_format
 from zeropoint.numerics.formats import ELSEWHERE, FP4_LEVELS, NF4_LEVELS
@@ -42,10 +42,18 @@ def test_integer_codes_fill_twos_complement(fmt):
 
 
 @pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda f: f.name)
-def test_a_codebook_has_a_level_per_code_an_exact_zero_and_reaches_both_ends(fmt):
+def test_a_codebook_has_a_level_per_code_and_reaches_to_both_sides(fmt):
     assert len(fmt.levels) == 2**fmt.bits
-    assert 0.0 in fmt.levels
-    assert min(fmt.levels) == -1.0 and max(fmt.levels) == fmt.real_max == 1.0
+    below, above = fmt.reach
+    assert min(fmt.levels) == -below < 0 < above == pytest.approx(max(fmt.levels), rel=2**-24)
+    assert fmt.real_max == max(below, above) >= 1
+    assert has_units(fmt) == (fmt.name != "iq4nl")
+
+
+def test_iq4nl_levels_are_those_of_llama_cpp():
+    # ggml-common.h, kvalues_iq4nl, in units of 1/127
+    levels = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+    assert [127 * level for level in get_format("iq4nl").levels] == pytest.approx(levels, abs=1e-12)
 
 
 def test_nf4_levels_are_the_quantiles_of_qlora():
@@ -106,6 +114,7 @@ class QType(NamedTuple):
         (torch.float8_e5m2, "write weights='float8_e5m2'"),
         (4, "4 is not a format; write weights='int4'"),
         ("NF4", "'NF4' is not a format; write weights='nf4'"),
+        ("IQ4_NL", "'IQ4_NL' is not a format; write weights='iq4nl'"),
         ("Q8_0", "'Q8_0' is not a format; write weights='int8'"),
         ("w8a8", "write weights='int8', activations='int8'"),
         (torch.float32, "torch.float32 is not a format; known: "),

@@ -55,7 +55,10 @@ def integrated_mse(fmt, block: int) -> float:
     return float((given_largest * density).sum() / density.sum())
 
 
-@pytest.mark.parametrize("fmt", SCALED, ids=lambda f: f.name)
+SYMMETRIC = [f for f in SCALED if f.reach[0] == f.reach[1]]
+
+
+@pytest.mark.parametrize("fmt", SYMMETRIC, ids=lambda f: f.name)
 def test_symmetric_mse_equals_the_integral_over_the_largest_value(fmt):
     found = mse(fmt.name, True)
     assert found == pytest.approx(integrated_mse(fmt, GROUP), rel=INTEGRAL_TOLERANCE)

@@ -49,7 +49,8 @@ def spelled_out(blocks, scale, zero_point, fmt, float_zero_point=False):
         return scale.unsqueeze(-1) * (codes - zero)
     unit = torch.ones_like(scale, dtype=torch.float32)
     levels = on_grid(steps.detach().float(), Grid(unit, None), fmt).double()
-    inside = steps.abs() <= fmt.real_max
+    below, above = fmt.reach
+    inside = (steps >= -below) & (steps <= above)
     return scale.unsqueeze(-1) * torch.where(inside, straight_through(levels, steps), levels)
 
 

@@ -84,7 +84,7 @@ def quantize(
     weights: a format name ("int8" when there is no recipe). group_size: values per scale along the
     input dimension; None for the format's default, -1 for one scale per output channel. symmetric:
     None for the format's default. float_zero_point: zero points of integer formats are float16.
-    double_quant: store the scales of nf4 and fp4 in 8 bits.
+    double_quant: store the scales of codebooks in 8 bits.
     activations: "int8", "float8_e4m3fn" or "float8_e5m2" rounds the inputs of linear layers too,
     every token with a scale of its own, or after `zp.calibrate` with one range for all; None leaves
     them float.

@@ -153,10 +153,10 @@ def quantize(
         )
     zero_point = None
     if symmetric:
-        # A codebook's scale is the block's largest magnitude, next to nothing for zeros: 1.0 among
-        # the scales that `double_quant` compresses together would cost all others their precision.
+        # The scale of zeros in a codebook is next to nothing: 1.0 among the scales that
+        # `double_quant` compresses together would cost all others their precision.
         of_zeros = 0.0 if fmt.kind == "codebook" else 1.0
-        scale = affine.symmetric_scale(blocks, fmt.real_max, dtype, of_zeros=of_zeros)
+        scale = affine.symmetric_scale(blocks, fmt.reach, dtype, of_zeros=of_zeros)
     else:
         parameters = (
             affine.float_zero_parameters if float_zero_point else affine.asymmetric_parameters

@@ -55,22 +55,28 @@ def round_zero_point(zero_point: Tensor) -> Tensor:
 
 
 def symmetric_scale(
-    blocks: Tensor, real_max: float, scale_dtype: torch.dtype, *, of_zeros: float = 1.0
+    blocks: Tensor,
+    reach: tuple[float, float],
+    scale_dtype: torch.dtype,
+    *,
+    of_zeros: float = 1.0,
 ) -> Tensor:
-    """scale = max |r| / real_max. blocks: (R, G, B) float; returns (R, G) of scale_dtype, > 0.
+    """scale = max(-min r / below, max r / above), (below, above) being the grid's reach.
 
-    of_zeros: the scale of a block of zeros, rounded up like any other.
+    blocks: (R, G, B) float; returns (R, G) of scale_dtype, > 0. of_zeros: the scale of a block of
+    zeros, rounded up like any other.
 
-    A block whose non-zero values all have one magnitude gets that magnitude as its scale when
-    `real_max` >= 1, which
-    makes it exact: the codes are then -1, 0 and 1.
+    A block whose non-zero values all have one magnitude gets that magnitude as its scale when the
+    grid has a 1 and a -1, which makes it exact.
     """
+    below, above = reach
     magnitude = blocks.abs()
     largest = magnitude.amax(dim=-1)
-    one_magnitude = ((magnitude == largest.unsqueeze(-1)) | (magnitude == 0)).all(dim=-1)
-    largest = largest.double()
-    fits = one_magnitude & (largest <= torch.finfo(scale_dtype).max)
-    scale = torch.where(fits, largest, largest / real_max)
+    scale = torch.maximum(-blocks.amin(-1).double() / below, blocks.amax(-1).double() / above)
+    if min(reach) >= 1:
+        one_magnitude = ((magnitude == largest.unsqueeze(-1)) | (magnitude == 0)).all(dim=-1)
+        fits = one_magnitude & (largest.double() <= torch.finfo(scale_dtype).max)
+        scale = torch.where(fits, largest.double(), scale)
     return round_scale_up(torch.where(largest > 0, scale, of_zeros), scale_dtype)
 
 

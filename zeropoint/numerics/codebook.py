@@ -1,6 +1,7 @@
-"""Codebooks: real = scale * levels[code], with scale = max |r| of the block.
+"""Codebooks: real = scale * levels[code], with the least scale at which the levels span the block.
 
-Source: QLoRA (arXiv:2305.14314) section 3 for nf4; bitsandbytes for the code order of both tables.
+Sources: QLoRA (arXiv:2305.14314) section 3 for nf4; bitsandbytes for the code order of nf4 and fp4;
+llama.cpp for iq4nl.
 """
 
 from __future__ import annotations

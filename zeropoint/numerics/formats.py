@@ -11,6 +11,7 @@ Integer and codebook formats store a code per value and a scale per block of val
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -25,10 +26,12 @@ class Format:
     """One number format.
 
     bits: storage bits of a code. kind: which of the four equations above applies.
-    levels: real values of the codes of a codebook, in code order, the largest magnitude being 1.
+    levels: real values of the codes of a codebook, in code order.
     dtype: the torch dtype of a float8 or downcast code.
     group_size: values that share a scale unless the user says otherwise; None means one scale per
     channel.
+    scale_dtype: of the scales of groups, unless the user says otherwise; None means float16, and
+    float32 for codebooks, as bitsandbytes has them.
     symmetric: zero_point = 0 unless the user says otherwise. Always True for kinds without a zero
     point.
     """
@@ -39,6 +42,7 @@ class Format:
     levels: tuple[float, ...] | None = None
     dtype: torch.dtype | None = None
     group_size: int | None = None
+    scale_dtype: str | None = None
     symmetric: bool = True
 
     @property
@@ -61,12 +65,21 @@ class Format:
     @property
     def real_max(self) -> float:
         """Largest magnitude a code stands for at scale 1."""
+        return max(self.reach)
+
+    @cached_property
+    def reach(self) -> tuple[float, float]:
+        """How far the grid goes below and above 0 at scale 1. Integers: without q_min, which a
+        symmetric grid does not use.
+        """
+        if self.levels is not None:
+            levels = torch.tensor(self.levels, dtype=torch.float32)
+            return -levels.min().item(), levels.max().item()
         if self.kind == "integer":
-            return float(self.q_max)
-        if self.kind == "codebook":
-            return 1.0
+            return float(self.q_max), float(self.q_max)
         assert self.dtype is not None
-        return torch.finfo(self.dtype).max
+        largest = torch.finfo(self.dtype).max
+        return largest, largest
 
 
 # Appendix E of QLoRA, arXiv:2305.14314: quantiles of N(0, 1) with an exact zero, normalised to [-1,
@@ -82,6 +95,10 @@ NF4_LEVELS = (
 # one subnormal.
 _FP4_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4_LEVELS = _FP4_MAGNITUDES + tuple(0.0 - m for m in _FP4_MAGNITUDES)  # two zeros, no -0.0
+
+# llama.cpp, ggml-common.h, kvalues_iq4nl. There is no zero, and more room below than above.
+_IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4NL_LEVELS = tuple(level / 127 for level in _IQ4NL)
 
 
 def _integer(bits: int, group_size: int | None) -> Format:
@@ -100,6 +117,14 @@ _ROWS = (
     _integer(8, None),
     Format(name="nf4", bits=4, kind="codebook", levels=NF4_LEVELS, group_size=64),
     Format(name="fp4", bits=4, kind="codebook", levels=FP4_LEVELS, group_size=64),
+    Format(
+        name="iq4nl",
+        bits=4,
+        kind="codebook",
+        levels=IQ4NL_LEVELS,
+        group_size=32,
+        scale_dtype="float16",
+    ),
     Format(name="float8_e4m3fn", bits=8, kind="float8", dtype=torch.float8_e4m3fn),
     Format(name="float8_e5m2", bits=8, kind="float8", dtype=torch.float8_e5m2),
     Format(name="bfloat16", bits=16, kind="downcast", dtype=torch.bfloat16),
@@ -128,6 +153,8 @@ ELSEWHERE = {
     **{f"{bits}bit": f"int{bits}" for bits in (2, 3, 4, 8)},
     **{f"{bits}": f"int{bits}" for bits in (2, 3, 4, 5, 6, 8)},
     # llama.cpp
+    "iq4_nl": "iq4nl",
+    "iq4_xs": "iq4nl",
     **{f"q{bits}_0": f"int{bits}" for bits in (4, 5, 8)},
     **{f"q{bits}_k": f"int{bits}" for bits in (2, 3, 4, 5, 6)},
     "q4_k_m": "int4",

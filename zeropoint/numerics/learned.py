@@ -66,7 +66,8 @@ def grid_gradients(
         code = steps_to_codes(steps, grid.zero_point)
         inside = (code >= fmt.q_min) & (code <= fmt.q_max)
     else:
-        inside = steps.abs() <= fmt.real_max
+        below, above = fmt.reach
+        inside = (steps >= -below) & (steps <= above)
     to_values = torch.where(inside, gradient, 0.0)
     share = 1.0 / math.sqrt(blocks.shape[-1] * fmt.real_max)
     levels = on_grid(blocks, grid, fmt) / scale
