@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define ZP_API __attribute__((visibility("default")))
-#define ZP_VERSION 3
+#define ZP_VERSION 4
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
 enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT, ZP_E8M0 };                                   // dtypes of floats

@@ -59,7 +59,7 @@ GRIDS = [(f.name, symmetric) for f in SCALED for symmetric in symmetries(f)]
 
 def schemes(group_size: int = 32) -> list[Scheme]:
     """Every format, symmetric or not if it may, per tensor, per channel and per group; codebooks
-    with scales in 8 bits, and integers with float zero points, too.
+    with scales in 8 bits, integers with float zero points and formats with their own scales too.
     """
     result = [Scheme.of(f.name) for f in DOWNCASTS]
     for name, symmetric in GRIDS:
@@ -74,6 +74,7 @@ def schemes(group_size: int = 32) -> list[Scheme]:
                     scale_dtype="float16" if grouped else "float32",
                 )
             )
+    result += [Scheme.of(f.name, group_size=group_size) for f in SCALED if f.scale_dtype]
     result += [Scheme.of(f.name, group_size=group_size, double_quant=True) for f in CODEBOOKS]
     return result + float_zeros(group_size)
 
@@ -160,7 +161,8 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
 
     S = |x| @ |weight|.T, summed in float32 whatever x is: 2 K eps S (STYLE 19) + the bias added.
     A 16-bit x with roundoff v rounds the weight (v S), the product and the sum with the bias (v of
-    their size each), and what underflows (one subnormal each). The native kernel multiplies integer
+    their size each), and what underflows (one subnormal each; of float32 everywhere, where iq4nl
+    has a zero). The native kernel multiplies integer
     weights by integer activations: see `_integer_bound`; what is below float32's normal range may
     become 0. Int8 activations are rounded before all of this, the same way by every kernel.
     """
@@ -175,6 +177,7 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     limits = torch.finfo(x.dtype)
     eps = torch.finfo(torch.float32).eps
     bound = 2 * x.shape[-1] * eps * size + limits.eps * (expected.abs() + _magnitude(bias))
+    bound = bound + SUBNORMAL * (1 + wide.abs().sum(-1, keepdim=True))
     if kernel == "native":
         tiny = torch.finfo(torch.float32).smallest_normal
         bound = bound + tiny * (1 + real.abs().sum(-1))

@@ -45,7 +45,7 @@ from zeropoint.errors import (
 from zeropoint.kernels import select
 from zeropoint.kernels.spec import Spec
 from zeropoint.nn import QLinear
-from zeropoint.numerics import quantize
+from zeropoint.numerics import get_format, get_scale_dtype, quantize
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
@@ -53,7 +53,12 @@ needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(nati
 every_isa = pytest.mark.parametrize("isa", instruction_sets(), indirect=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS_AND_SIGNS = GRIDS + [("bfloat16", True), ("float16", True)]
-QUANTIZED = [(f.name, symmetric) for f in INTEGERS + CODEBOOKS for symmetric in symmetries(f)]
+QUANTIZED = [
+    (f.name, symmetric)
+    for f in INTEGERS + CODEBOOKS
+    for symmetric in symmetries(f)
+    if f.ties == "lower"
+]
 
 
 @pytest.fixture
@@ -229,7 +234,9 @@ def test_a_library_that_is_not_ours_is_refused(tmp_path, source, message):
 def test_rows_are_those_that_torch_dequantizes(name, symmetric, isa):
     indices = torch.tensor([[4, 0, 0], [2, 1, 4]])
     for k, group_size in ((1, None), (7, None), (33, None), (577, None), (96, 32), (90, 9)):
-        for scale_dtype in ("float32", "bfloat16"):
+        for scale_dtype in ("float32", "bfloat16", get_format(name).scale_dtype):
+            if scale_dtype is None or get_scale_dtype(scale_dtype) not in native.SCALE_DTYPES:
+                continue
             scheme = scheme_of(name, symmetric, group_size, scale_dtype)
             weight = by_torch(noise(5, k), scheme)
             for dtype in DTYPES:
@@ -413,7 +420,7 @@ def test_only_matrices_of_floats_on_a_cpu_are_quantized_here():
     assert native.can_quantize(weight, scheme) == (native.why_not() is None)
     for other in (weight[0], weight.double(), weight.to("meta"), weight[:0], weight[:, :0]):
         assert not native.can_quantize(other, scheme)
-    for name in ("float8_e4m3fn", "bfloat16"):
+    for name in ("float8_e4m3fn", "bfloat16", "mxfp4"):
         assert not native.can_quantize(weight, scheme_of(name))
     assert not native.can_quantize(weight, Scheme(format="int4", granularity="tensor"))
 
@@ -641,6 +648,12 @@ def edge_weights():
     for name, symmetric in FORMATS_AND_SIGNS:
         for i, (n, k, group_size) in enumerate(EDGE_SHAPES):
             scale_dtype = ("float32", "float16", "bfloat16")[i % 3]
+            if (
+                group_size is not None
+                and get_format(name).scale_dtype == "float8_e8m0fnu"
+                and i % 2
+            ):
+                scale_dtype = "float8_e8m0fnu"
             for activations in (None, "int8"):
                 scheme = scheme_of(name, symmetric, group_size, scale_dtype, activations)
                 yield by_torch(noise(n, k), scheme)

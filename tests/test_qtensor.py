@@ -1,4 +1,3 @@
-import dataclasses
 import re
 
 import pytest
@@ -35,9 +34,8 @@ def same_bits(a, b):
 @every_scheme
 def test_rows_quantized_by_parts_are_those_quantized_whole(scheme):
     weight = torch.randn((7, 96), generator=torch.Generator().manual_seed(0))
-    plain = dataclasses.replace(scheme, double_quant=False)
-    parts = [rtn(part, plain) for part in weight.split(3)]
-    if scheme.granularity == "tensor":
+    parts = [rtn(part, scheme.of_some_rows or scheme) for part in weight.split(3)]
+    if scheme.of_some_rows is None:
         with pytest.raises(AssertionError):
             QTensor.concatenate(parts)
         return
@@ -93,7 +91,7 @@ def test_rows_are_the_rows_of_the_whole(scheme):
     assert rows.shape == (4, 96)
     assert same_bits(rows.codes, q.codes[indices])
     assert torch.equal(rows.dequantize(), q.dequantize()[indices])
-    check_parts("rows", rows.parts, (4, 96), dataclasses.replace(scheme, double_quant=False))
+    check_parts("rows", rows.parts, (4, 96), scheme.with_float_scales)
 
 
 @every_default

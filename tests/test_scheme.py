@@ -51,6 +51,26 @@ def test_activations_are_float_unless_int8_is_asked_for(name):
     assert rounded.storage_bytes((8, 192)) == scheme.storage_bytes((8, 192))
 
 
+def test_nvfp4_has_its_unit_and_no_group_of_e4m3_scales_goes_without_one():
+    scheme = Scheme.of("nvfp4")
+    assert scheme.double_quant and scheme.scale_dtype == "float8_e4m3fn"
+    assert scheme.of_some_rows is None, "all rows share the unit"
+    assert scheme.with_float_scales == Scheme.of("nvfp4", scale_dtype="float32")
+    assert not Scheme.of("nvfp4", group_size=PER_CHANNEL).double_quant
+    rule = {"match": "*", "weights": "nvfp4", "double_quant": False}
+    for make in (lambda: Scheme.of("nvfp4", double_quant=False), lambda: _from_rule(rule)):
+        with pytest.raises(RecipeError, match="double_quant=False: scales of nvfp4 are in units"):
+            make()
+    floats = _from_rule(rule | {"scale_dtype": "float16"})
+    assert str(floats) == "nvfp4 g16 with float16 scales" and not floats.double_quant
+
+
+def _from_rule(rule):
+    recipe = Recipe.from_dict({"rules": [rule]})
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    return recipe.rules[0].scheme
+
+
 def test_a_learned_scale_is_an_option_of_formats_that_have_scales():
     scheme = Scheme.of("int3", learned_scale=True)
     assert str(scheme) == "int3 g32 asymmetric learned"
@@ -99,6 +119,12 @@ def test_group_size_minus_one_is_per_channel_with_a_float32_scale(name):
         (INT4, "int4 g32 asymmetric"),
         (INT8, "int8 per channel"),
         (Scheme.of("nf4"), "nf4 g64"),
+        (Scheme.of("mxfp4"), "mxfp4 g32"),
+        (
+            Scheme(format="mxfp4", granularity="group", group_size=64, scale_dtype="float16"),
+            "mxfp4 g64 with float16 scales",
+        ),
+        (Scheme.of("iq4nl", group_size=64), "iq4nl g64"),
         (Scheme.of("bfloat16"), "bfloat16"),
         (
             Scheme(format="int8", granularity="tensor", symmetric=False),
@@ -130,6 +156,11 @@ GROUPED = {"granularity": "group"}
     [
         ({"format": "int9"}, UnknownNameError, "'int9' is not a format; close"),
         ({"scale_dtype": "float8"}, UnknownNameError, "'float8' is not a scale dtype; close"),
+        (
+            {"scale_dtype": "float8_e8m0fnu"},
+            RecipeError,
+            "scale_dtype='float8_e8m0fnu' is not for int4; .* or one of mxfp4, mxfp8_e4m3, mxfp8_",
+        ),
         (
             {"granularity": "chanel"},
             UnknownNameError,

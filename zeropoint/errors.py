@@ -88,7 +88,7 @@ class KernelError(ZeropointError):
     """The kernel asked for cannot run here."""
 
 
-_SHOWN = 16  # names in a message; every table of ours is shorter
+_SHOWN = 24  # names in a message; every table of ours is shorter
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

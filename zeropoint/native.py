@@ -17,16 +17,22 @@ from torch import Tensor
 
 from zeropoint import _env
 from zeropoint.errors import KernelError, UnknownNameError, nearest
-from zeropoint.numerics import double_quant, scale_shape
+from zeropoint.numerics import double_quant, get_scale_dtype, scale_shape
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
-VERSION = 3  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+VERSION = 4  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
 LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DOUBLE_QUANT = 3  # a scale_dtype: scales in 8 bits
+SCALE_DTYPES = {**DTYPES, torch.float8_e8m0fnu: 4}
 KINDS = {"integer": 0, "codebook": 1}
-KINDS_BY_FORMAT = {"float8_e4m3fn": 2, "float8_e5m2": 3, "bfloat16": 4, "float16": 5}
+KINDS_BY_DTYPE = {
+    torch.float8_e4m3fn: 2,
+    torch.float8_e5m2: 3,
+    torch.bfloat16: 4,
+    torch.float16: 5,
+}
 MOST_COLUMNS = 1 << 18  # a row, its scales and its activations lie on a thread's stack
 OK, BAD_INDEX, NO_MEMORY, BAD_ARGUMENT = range(4)
 
@@ -148,13 +154,13 @@ def _use_isa(library: ctypes.CDLL, name: str) -> None:
 def _format(scheme: Scheme, n: int, k: int) -> Format:
     fmt = scheme.fmt
     row = Format(
-        kind=KINDS_BY_FORMAT[fmt.name] if fmt.name in KINDS_BY_FORMAT else KINDS[fmt.kind],
+        kind=KINDS[fmt.kind] if fmt.dtype is None else KINDS_BY_DTYPE[fmt.dtype],
         bits=fmt.bits,
         n=n,
         k=k,
         group_size=scheme.group_size or k,
         scale_stride=0 if scheme.granularity == "tensor" else k // (scheme.group_size or k),
-        scale_dtype=DTYPES[getattr(torch, scheme.scale_dtype)],
+        scale_dtype=SCALE_DTYPES[get_scale_dtype(scheme.scale_dtype)],
         float_zero_point=scheme.float_zero_point,
     )
     if fmt.levels is not None:
@@ -286,6 +292,7 @@ def can_quantize(weight: Tensor, scheme: Scheme) -> bool:
         and weight.dim() == 2
         and weight.dtype in DTYPES
         and scheme.fmt.kind in KINDS
+        and scheme.fmt.ties == "lower"  # and so no scale of 8 bits either
         and scheme.granularity != "tensor"
         and not scheme.float_zero_point
         and weight.numel() > 0

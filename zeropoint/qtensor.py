@@ -15,13 +15,14 @@ from zeropoint.numerics import (
     Quantized,
     blocked,
     dequantize,
-    double_quant,
     get_scale_dtype,
     grid_codes,
+    in_units,
     pack,
     quantize,
     rows_and_columns,
     scale_shape,
+    tensor_scale,
     unpack,
 )
 from zeropoint.numerics.packing import row_bytes
@@ -36,7 +37,7 @@ class QTensor:
     integer codes are
         stored as code - q_min. A downcast is stored as it is: shape `shape`, bfloat16 or float16.
     scale: (R, G) of scheme.scale_dtype; with scheme.double_quant the bytes that
-    `numerics.double_quant` stores; None for a downcast. zero_point: (R, G) int8, float16 with
+    `numerics.two_level` stores; None for a downcast. zero_point: (R, G) int8, float16 with
     scheme.float_zero_point, or None when symmetric.
     shape: of the weight. dtype: what `dequantize()` returns, the dtype the weight had.
     """
@@ -64,7 +65,7 @@ class QTensor:
         scale = quantized.scale
         if scheme.double_quant:
             assert scale is not None
-            scale = double_quant.compress(scale)
+            scale = scheme.coding.compress(scale)
         return cls(
             packed=packed.contiguous(),
             scale=scale,
@@ -103,20 +104,23 @@ class QTensor:
         """The scales as numbers, (R, G) float, whichever way they are stored."""
         if self.scale is None or not self.scheme.double_quant:
             return self.scale
-        return double_quant.expand(self.scale, self._scale_shape)
+        return self.scheme.coding.expand(self.scale, self._scale_shape)
 
     @property
     def _scale_shape(self) -> tuple[int, int]:
         return scale_shape(self.shape, self.scheme.granularity, self.scheme.group_size)
 
-    def with_scheme(self, scheme: Scheme) -> QTensor:
+    def with_scheme(self, scheme: Scheme, unit: Tensor | None = None) -> QTensor:
         """The same codes under a scheme that differs in how they are used, or in storing the scales
-        in 8 bits.
+        in 8 bits. unit: what `numerics.in_units` divided the weight by.
         """
         scale = self.scale
         if scheme.double_quant and not self.scheme.double_quant:
             assert scale is not None
-            scale = double_quant.compress(scale)
+            if unit is None:
+                scale = scheme.coding.compress(scale)
+            else:
+                scale = tensor_scale.compress(scale, unit)
         return replace(self, scheme=scheme, scale=scale)
 
     @property
@@ -162,7 +166,7 @@ class QTensor:
             packed=packed if self.scheme.fmt.kind == "downcast" else packed.view(-1),
             scale=scale,
             zero_point=zero_point,
-            scheme=replace(self.scheme, double_quant=False),
+            scheme=self.scheme.with_float_scales,
             shape=torch.Size((len(indices), self.shape[1])),
         )
 
@@ -172,24 +176,24 @@ class QTensor:
         if not self.scheme.double_quant:
             return rows
         assert self.scale is not None and rows.scale is not None
-        stored = self.scale[: double_quant.stored_bytes(rows.scale.numel())].clone()
+        stored = self.scale[: self.scheme.coding.stored_bytes(rows.scale.numel())].clone()
         return replace(rows, scale=stored, scheme=self.scheme)
 
     def with_rows(self, values: Tensor) -> QTensor:
         """The rows of this 2-D weight, bit for bit, and after them `values` by the same scheme.
 
         values: (M, K) float. They are rounded to nearest on grids of their own; with a scale per
-        tensor on this one's, and cut off beyond its range. Of scales in 8 bits see
-        `double_quant.extend`. Raises NonFiniteError, ScaleRangeError.
+        tensor on this one's, and cut off beyond its range. Of scales in 8 bits see `extend` of
+        `numerics.double_quant` and `tensor_scale`. Raises NonFiniteError, ScaleRangeError.
         """
-        scheme = self.scheme
-        new = quantized(values, scheme)
+        scheme, plain = self.scheme, self.scheme.with_float_scales
+        new = quantized(values, plain)
         shape = torch.Size((self.shape[0] + len(values), self.shape[1]))
         parts = self.parts
         if scheme.granularity == "tensor" or scheme.double_quant:
             assert self.scale is not None and new.scale is not None
             if scheme.double_quant:
-                parts["_scale"] = double_quant.extend(
+                parts["_scale"] = scheme.coding.extend(
                     self.scale, math.prod(self._scale_shape), new.scale
                 )
             grown = replace(self, scale=parts["_scale"], shape=shape)
@@ -197,7 +201,6 @@ class QTensor:
             scale = grown.scales[-len(new.scale) :]
             blocks = blocked(values, scheme.granularity, scheme.group_size)
             codes = grid_codes(blocks, scale, self.zero_point, scheme.fmt).view(values.shape)
-            plain = replace(scheme, double_quant=False)
             tail = QTensor.from_codes(Quantized(codes, scale, None), plain, self.dtype)
             return replace(grown, packed=torch.cat([self.packed, tail.packed]))
         return QTensor.concatenate([self, QTensor.from_codes(new, scheme, self.dtype)])
@@ -208,7 +211,7 @@ class QTensor:
         Where whole groups are not kept, groups get smaller: to the largest size at which each has
         one scale. Scales in 8 bits become floats. Nothing is rounded again.
         """
-        scheme = replace(self.scheme, double_quant=False)
+        scheme = self.scheme.with_float_scales
         if scheme.fmt.kind == "downcast":
             return replace(
                 self,
@@ -290,6 +293,11 @@ def quantized(values: Tensor, scheme: Scheme) -> Quantized:
     )
 
 
+def weight_in_units(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """`numerics.in_units` as a scheme says."""
+    return in_units(weight, scheme.format, scheme.scale_dtype, scheme.double_quant)
+
+
 def _indented(part: Tensor, width: int) -> str:
     return repr(part).replace("\n", "\n" + " " * width)
 
@@ -324,7 +332,7 @@ def part_specs(
         "_scale": (blocks, get_scale_dtype(scheme.scale_dtype)),
     }
     if scheme.double_quant:
-        specs["_scale"] = ((double_quant.stored_bytes(math.prod(blocks)),), torch.uint8)
+        specs["_scale"] = ((scheme.coding.stored_bytes(math.prod(blocks)),), torch.uint8)
     if scheme.zero_point_dtype is not None:
         specs["_zero_point"] = (blocks, scheme.zero_point_dtype)
     return specs

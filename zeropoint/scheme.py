@@ -15,15 +15,17 @@ import yaml
 
 from zeropoint.errors import RecipeError, UnknownNameError, nearest
 from zeropoint.numerics import (
+    FORMATS,
     Format,
-    double_quant,
     get_format,
     get_scale_dtype,
     rows_and_columns,
     scale_shape,
 )
+from zeropoint.numerics.formats import SMALL_SCALE_DTYPES
 from zeropoint.numerics.granularity import GRANULARITIES, Granularity
 from zeropoint.numerics.packing import row_bytes
+from zeropoint.numerics.two_level import CODINGS, Coding
 
 ACTIVATIONS = ("int8", "float8_e4m3fn", "float8_e5m2")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -42,10 +44,10 @@ class Scheme:
     group_size: values along K that share a scale, for "group" only. symmetric: zero_point = 0.
     float_zero_point: it is a float16, in code units, in place of an int8; integer formats that are
     not symmetric only. Then 0 need not be on the grid, which spans the values alone.
-    scale_dtype: "float32", "float16" or "bfloat16"; codes are chosen against the scale rounded to
-    it.
+    scale_dtype: "float32", "float16" or "bfloat16", or that of the format; codes are chosen against
+    the scale rounded to it.
     double_quant: codebooks only; the scales of groups are stored in 8 bits themselves
-    (`numerics.double_quant`).
+    (`numerics.two_level`): as bitsandbytes does those of float32, as NVFP4 those of float8_e4m3fn.
     activations: None (inputs stay float), or "int8", "float8_e4m3fn", "float8_e5m2": the input of a
     linear layer is rounded before it is multiplied, each token with its own scale, or the whole
     tensor with the range that `zp.calibrate` has seen.
@@ -85,6 +87,11 @@ class Scheme:
                 raise UnknownNameError(
                     f"{field}={value!r} is unknown; {nearest(str(value), known)}, or none"
                 )
+        if self.scale_dtype in SMALL_SCALE_DTYPES and self.scale_dtype != fmt.scale_dtype:
+            raise RecipeError(
+                f"scale_dtype={self.scale_dtype!r} is not for {fmt.name}; use float16, bfloat16 or "
+                f"float32, or one of {', '.join(_made_for(self.scale_dtype))}"
+            )
         self._check_outliers()
         self._check_float_zero_point()
         self._check_double_quant()
@@ -131,9 +138,10 @@ class Scheme:
         if not isinstance(self.double_quant, bool):
             raise RecipeError(f"double_quant={self.double_quant!r} is not true or false")
         stored = (self.fmt.kind, self.granularity, self.scale_dtype)
-        if self.double_quant and stored != ("codebook", "group", "float32"):
+        wanted = self.fmt.scale_dtype if self.fmt.double_quant else "float32"
+        if self.double_quant and stored != ("codebook", "group", wanted):
             raise RecipeError(
-                "double_quant=True is for codebooks with a group_size and scale_dtype='float32', "
+                f"double_quant=True is for codebooks with a group_size and scale_dtype={wanted!r}, "
                 f"not {self.format} per {self.granularity} with {self.scale_dtype} scales; "
                 "leave it out"
             )
@@ -157,7 +165,8 @@ class Scheme:
         group_size: int | None = None,
         symmetric: bool | None = None,
         float_zero_point: bool = False,
-        double_quant: bool = False,
+        scale_dtype: str | None = None,
+        double_quant: bool | None = None,
         activations: str | None = None,
         outlier_threshold: float | None = None,
         compute_dtype: str | None = None,
@@ -166,8 +175,8 @@ class Scheme:
         """The scheme that `format` has by default, changed where an argument is given.
 
         group_size: None for the format's default, -1 for one scale per channel. symmetric: None for
-        the default, which a float zero point makes False. Scales of groups have the format's
-        scale_dtype, those of channels are float32.
+        the default, which a float zero point makes False. scale_dtype: None for the format's where
+        groups share a scale, else float32. double_quant: None for the format's.
 
         >>> str(Scheme.of("int4"))
         'int4 g32 asymmetric'
@@ -178,9 +187,19 @@ class Scheme:
         size = fmt.group_size if group_size is None else group_size
         if size == PER_CHANNEL:
             size = None
-        scale_dtype = "float32"
-        if size is not None and not double_quant:
-            scale_dtype = fmt.scale_dtype or ("float32" if fmt.kind == "codebook" else "float16")
+        if scale_dtype is None:
+            scale_dtype = "float32"
+            if size is not None and (fmt.double_quant or not double_quant):
+                narrow = "float32" if fmt.kind == "codebook" else "float16"
+                scale_dtype = fmt.scale_dtype or narrow
+        in_units = fmt.double_quant and scale_dtype == fmt.scale_dtype
+        if in_units and double_quant is False:
+            raise RecipeError(
+                f"double_quant=False: scales of {format} are in units of a float of the tensor; "
+                "leave it out, or use scale_dtype='float16'"
+            )
+        if double_quant is None:
+            double_quant = in_units
         return cls(
             format=format,
             granularity="channel" if size is None else "group",
@@ -212,6 +231,27 @@ class Scheme:
             return None
         return torch.float16 if self.float_zero_point else torch.int8
 
+    @property
+    def coding(self) -> Coding:
+        """How scales in 8 bits are stored. For double_quant only."""
+        return CODINGS[self.scale_dtype]
+
+    @property
+    def with_float_scales(self) -> Scheme:
+        """The scheme of the same weight once scales in 8 bits are the floats they stand for."""
+        if not self.double_quant:
+            return self
+        return dataclasses.replace(self, double_quant=False, scale_dtype="float32")
+
+    @property
+    def of_some_rows(self) -> Scheme | None:
+        """The scheme in which rows can be rounded some at a time, to be put together and given this
+        one; None where all rows of a weight share a number.
+        """
+        if self.granularity == "tensor" or (self.double_quant and self.fmt.double_quant):
+            return None
+        return dataclasses.replace(self, double_quant=False)
+
     def storage_bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of codes, scales and zero points of a weight of this shape.
 
@@ -224,7 +264,7 @@ class Scheme:
         rows, groups = scale_shape(shape, self.granularity, self.group_size)
         count = rows * groups
         if self.double_quant:
-            scales = double_quant.stored_bytes(count)
+            scales = self.coding.stored_bytes(count)
         else:
             scales = count * get_scale_dtype(self.scale_dtype).itemsize
         zero_point = self.zero_point_dtype
@@ -245,13 +285,19 @@ class Scheme:
             name += f" g{self.group_size}" if group else f" per {self.granularity}"
             if not self.symmetric:
                 name += " float zero point" if self.float_zero_point else " asymmetric"
-        name += " double quant" if self.double_quant else ""
+            if group and self.scale_dtype != self.fmt.scale_dtype in SMALL_SCALE_DTYPES:
+                name += f" with {self.scale_dtype} scales"
+        name += " double quant" if self.double_quant and not self.fmt.double_quant else ""
         name += " learned" if self.learned_scale else ""
         if self.activations is not None:
             name += f", {self.activations} activations"
         if self.outlier_threshold is not None:
             name += f" below {self.outlier_threshold:g}"
         return name + (f", computed in {self.compute_dtype}" if self.compute_dtype else "")
+
+
+def _made_for(scale_dtype: str) -> list[str]:
+    return [fmt.name for fmt in FORMATS.values() if fmt.scale_dtype == scale_dtype]
 
 
 def _check_group_size(value: Any) -> None:
@@ -423,6 +469,8 @@ def _rule(row: Any) -> Rule:
         weights,
         group_size=PER_CHANNEL if per_block else options.get("group_size"),
         float_zero_point=options.get("float_zero_point", False),
+        scale_dtype=options.get("scale_dtype"),
+        double_quant=options.get("double_quant"),
     )
     return Rule(
         match=row["match"], role=row.get("role"), scheme=dataclasses.replace(default, **options)

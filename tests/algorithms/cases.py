@@ -30,6 +30,8 @@ CALIBRATED = [
     Scheme.of("int2", float_zero_point=True),
     Scheme.of("nf4", group_size=32),
     Scheme.of("fp4", group_size=32),
+    Scheme.of("iq4nl"),
+    Scheme.of("mxfp4"),
     Scheme.of("float8_e4m3fn"),
     Scheme(format="int4", granularity="tensor", symmetric=False),
 ]

@@ -54,6 +54,17 @@ def test_every_architecture_is_calibrated_block_by_block(name):
     assert not any("pre_hook" in k for k in vars(model) if getattr(model, k))
 
 
+@pytest.mark.parametrize("weights", ["iq4nl", "mxfp4", "nvfp4"])
+def test_formats_with_scales_of_their_own_are_calibrated(weights):
+    rounded, _, _ = error("llama-tied", "rtn", weights)
+    found, report, model = error("llama-tied", "gptq", weights)
+    assert found < 0.9 * rounded
+    assert any(x.algorithm == "gptq" for x in report.layers)
+    layers = [m.qweight for m in quantized_modules(model).values() if m.role == "linear"]
+    scheme = zp.Scheme.of(weights)
+    assert {q.scheme for q in layers if q.scheme.format == weights} == {scheme}
+
+
 def test_layers_say_what_happened_to_them():
     _, report, _ = error("llama-tied", "gptq")
     layers = {x.name: x for x in report.layers}

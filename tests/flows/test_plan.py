@@ -31,7 +31,7 @@ def size(folder):
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "nf4", "mxfp4", "nvfp4", "bfloat16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_bytes_are_those_of_the_result(tmp_path, name, weights):
     build(name).save_pretrained(tmp_path / "float")

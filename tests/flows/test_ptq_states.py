@@ -116,7 +116,9 @@ def test_modes_of_training_and_evaluation_survive():
 # --- frozen ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4", "int3", "nf4", "float8_e4m3fn", "bfloat16"])
+@pytest.mark.parametrize(
+    "weights", ["int8", "int4", "int3", "nf4", "nvfp4", "float8_e4m3fn", "bfloat16"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_freezing_changes_no_output_and_leaves_no_float_weight(weights, dtype):
     model = perceptron().to(dtype)

@@ -109,6 +109,9 @@ def weights(name, symmetric, activations=None, **fields):
     for (granularity, group_size), shapes in SHAPES.items():
         for i, (n, k) in enumerate(shapes):
             scale_dtype = scale_dtypes[i % 3] if granularity == "group" else "float32"
+            own = FORMATS[name].scale_dtype
+            if granularity == "group" and i % 2 == 0 and own == "float8_e8m0fnu":
+                scale_dtype = own
             scheme = scheme_of(
                 name,
                 symmetric,
@@ -117,7 +120,8 @@ def weights(name, symmetric, activations=None, **fields):
                 scale_dtype=scale_dtype,
                 double_quant=scale_dtype == "float32"
                 and granularity == "group"
-                and FORMATS[name].kind == "codebook",
+                and FORMATS[name].kind == "codebook"
+                and not FORMATS[name].double_quant,
                 activations=activations,
                 **fields,
             )

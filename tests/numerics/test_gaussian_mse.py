@@ -24,10 +24,16 @@ def gaussian():
 
 
 @functools.cache
-def mse(name, symmetric, group_size=GROUP, rows=None):
+def mse(name, symmetric, group_size=GROUP, rows=None, scale_dtype="float32"):
     weight = gaussian()[:rows]
-    granularity = "group" if group_size else "tensor"
-    q = quantize(weight, name, granularity=granularity, group_size=group_size, symmetric=symmetric)
+    q = quantize(
+        weight,
+        name,
+        granularity="group" if group_size else "tensor",
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+    )
     image = dequantize(q.codes, q.scale, q.zero_point, name)
     return (weight - image).square_().mean(dtype=torch.float64).item()
 
@@ -77,6 +83,11 @@ def test_symmetric_mse_equals_the_integral_over_the_largest_value(fmt):
 )
 def test_mse_is_that_of_table_5_3(name, symmetric, group_size, expected):
     assert mse(name, symmetric, group_size) == pytest.approx(expected, rel=TABLE_TOLERANCE)
+
+
+def test_mxfp4_with_its_own_scales_costs_what_the_table_says():
+    found = mse("mxfp4", True, 32, scale_dtype="float8_e8m0fnu")
+    assert found == pytest.approx(0.0132, rel=TABLE_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from zeropoint.algorithms import auto, gptq, hqq, rtn, search
 from zeropoint.algorithms.choice import Choice, Moments
 from zeropoint.errors import UnknownNameError, nearest
-from zeropoint.qtensor import QTensor
+from zeropoint.qtensor import QTensor, weight_in_units
 from zeropoint.scheme import Scheme
 
 Needs = Literal["nothing", "inputs", "unseen inputs"]
@@ -38,8 +38,10 @@ class Algorithm:
         bitsandbytes does.
         """
         plain = replace(scheme.stored, double_quant=False)
-        choice = self.find(weight, moments, plain)
-        return replace(choice, weight=choice.weight.with_scheme(scheme.stored))
+        values, unit = weight_in_units(weight, scheme)
+        choice = self.find(values, moments, plain)
+        found = replace(choice.weight.with_scheme(scheme.stored, unit), dtype=weight.dtype)
+        return replace(choice, weight=found)
 
     def __call__(self, weight: Tensor, scheme: Scheme, moments: Moments | None = None) -> QTensor:
         """Only the codes."""

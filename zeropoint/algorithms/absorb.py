@@ -37,7 +37,7 @@ def absorb(weight: QTensor, change: Tensor, reads: Tensor, moment: Tensor | None
     x x^T over inputs, any scale. A change of zero gives the same codes.
     Raises NonFiniteError, ScaleRangeError.
     """
-    scheme = replace(weight.scheme, double_quant=False)
+    scheme = weight.scheme.with_float_scales
     wanted = weight.dequantize(torch.float32) + change.float()
     start = replace(rtn(wanted, scheme), dtype=weight.dtype)  # checks the values
     if not bool(change.any()):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zeropoint import native
 from zeropoint.algorithms.choice import Choice, Moments
-from zeropoint.qtensor import QTensor, quantized
+from zeropoint.qtensor import QTensor, quantized, weight_in_units
 from zeropoint.scheme import Scheme
 
 
@@ -23,7 +23,9 @@ def rtn(weight: Tensor, scheme: Scheme) -> QTensor:
         qweight = native.quantize(weight, plain)
         if qweight is not None:
             return qweight.with_scheme(scheme)
-    return QTensor.from_codes(quantized(weight, scheme), scheme, weight.dtype)
+    values, unit = weight_in_units(weight, scheme)
+    qweight = QTensor.from_codes(quantized(values, plain), plain, weight.dtype)
+    return qweight.with_scheme(scheme, unit)
 
 
 def choose(weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:

@@ -30,7 +30,7 @@ from zeropoint.numerics import (
     grid_values,
 )
 from zeropoint.numerics.affine import round_scale, round_zero_point
-from zeropoint.qtensor import QTensor
+from zeropoint.qtensor import QTensor, weight_in_units
 from zeropoint.scheme import Scheme
 
 CHUNK_ELEMENTS = 1 << 18  # a megabyte of float32: the search's temporaries stay in the cache
@@ -56,16 +56,17 @@ def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> 
     importance: (K,) float >= 0, as E[x^2] of the inputs; None counts all columns alike.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError.
     """
-    fmt = scheme.fmt
-    start = rtn(weight, replace(scheme, double_quant=False))
+    fmt, plain = scheme.fmt, replace(scheme, double_quant=False)
+    values, unit = weight_in_units(weight, scheme)
+    start = rtn(values, plain)
     if fmt.kind == "downcast":
         return start
-    grid = search_grid(weight, scheme, importance, start=start)
-    blocks = blocked(weight, scheme.granularity, scheme.group_size)
+    grid = search_grid(values, plain, importance, start=start)
+    blocks = blocked(values, scheme.granularity, scheme.group_size)
     codes = grid_codes(blocks, grid.scale, grid.zero_point, fmt).view(weight.shape)
     quantized = Quantized(codes, grid.scale, grid.zero_point)
-    check_image(weight, quantized, scheme.format)
-    return QTensor.from_codes(quantized, scheme, weight.dtype)
+    check_image(values, quantized, scheme.format)
+    return QTensor.from_codes(quantized, plain, weight.dtype).with_scheme(scheme, unit)
 
 
 def choose(weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:
@@ -119,9 +120,7 @@ def _search_rows(
     blocks: Tensor, weights: Tensor, start: Grid, fmt: Format, dtype: torch.dtype
 ) -> Grid:
     best, best_error = start, _error(blocks, weights, start, fmt)
-    smallest, steps = SHARES[fmt.bits]
-    for step in range(steps):
-        share = 1.0 - (1.0 - smallest) * step / (steps - 1)
+    for share in _shares(fmt, dtype):
         for shrunk in _shrunk(start, share, fmt, dtype):
             tried = _refit(blocks, weights, shrunk, fmt, dtype)
             best, best_error = _better(blocks, weights, best, best_error, tried, fmt)
@@ -129,6 +128,15 @@ def _search_rows(
         tried = _refit(blocks, weights, best, fmt, dtype)
         best, best_error = _better(blocks, weights, best, best_error, tried, fmt)
     return best
+
+
+def _shares(fmt: Format, dtype: torch.dtype) -> list[float]:
+    if dtype == torch.float8_e8m0fnu:
+        return [0.5, 2.0]  # the neighbours of a power of two; the specified one may cut values off
+    if fmt.ties == "even":  # the last step of a small float is wide: a block's end may lie below it
+        return [0.7 + 0.1 * step for step in range(10)]
+    smallest, steps = SHARES[fmt.bits]
+    return [1.0 - (1.0 - smallest) * step / (steps - 1) for step in range(steps)]
 
 
 def _has_float_zero(grid: Grid) -> bool:
@@ -202,6 +210,6 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
         sll, swl = sll - 2 * z * sl + z * z * sk, swl - z * sw
         zero_point = z.to(torch.int8)
     scale = swl / torch.where(sll > 0, sll, 1.0)
-    same_sign = scale.sign() == grid.scale.sign()
+    same_sign = scale.sign() == grid.scale.float().sign()
     scale = torch.where((sll > 0) & same_sign, scale, grid.scale.float())
     return Grid(round_scale(scale, dtype), zero_point)

@@ -212,7 +212,7 @@ def quantize(
             group_size=group_size,
             symmetric=symmetric,
             float_zero_point=float_zero_point or False,
-            double_quant=double_quant or False,
+            double_quant=double_quant,
             activations=activations,
             outlier_threshold=outlier_threshold,
             compute_dtype=compute_dtype,

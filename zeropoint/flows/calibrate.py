@@ -153,7 +153,8 @@ def _choose(
     rows do not know of each other, and a column of 3072 rows costs little more than one of 192.
     """
     # Scales become 8-bit when a module takes its rows: those of all modules are no one's.
-    scheme = replace(work.live[modules[0]][0].scheme, double_quant=False)
+    live = work.live[modules[0]][0]
+    scheme = live.scheme.of_some_rows or live.scheme
     name = " + ".join(f"{work.live[m][1][0]}.weight" for m in modules)
     try:
         choice = work.algorithm.choose(torch.cat(weights), moments, scheme)
@@ -180,7 +181,7 @@ def _alike(work: _Work, modules: list[nn.Module]) -> list[list[nn.Module]]:
     groups: dict[Any, list[nn.Module]] = {}
     for module in modules:
         live = work.live[module][0]
-        together = live.scheme.granularity != "tensor" and live.scheme.fmt.kind != "downcast"
+        together = live.scheme.of_some_rows is not None and live.scheme.fmt.kind != "downcast"
         groups.setdefault((live.scheme, None if together else module), []).append(module)
     return list(groups.values())
 

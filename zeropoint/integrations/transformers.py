@@ -258,9 +258,9 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         rows = module.from_layout(weight)
         if tuple(rows.shape) != module.shape:
             raise CheckpointError(f"is {tuple(rows.shape)}, but the model has {module.shape}")
-        if not isinstance(rows, LazyRows) or module.scheme.granularity == "tensor":
+        scheme = module.scheme.of_some_rows
+        if not isinstance(rows, LazyRows) or scheme is None:
             return self._algorithm.choose(rows, None, module.scheme).weight
-        scheme = replace(module.scheme, double_quant=False)  # its blocks of scales cross rows
         parts = []
         for part in rows.parts():
             parts.append(self._algorithm.choose(part, None, scheme).weight)

@@ -14,6 +14,7 @@ from torch import Tensor
 from zeropoint import native
 from zeropoint.kernels import torch_dense
 from zeropoint.kernels.spec import Spec
+from zeropoint.numerics import get_scale_dtype
 from zeropoint.qtensor import QTensor
 
 GROUP_STEP = 32  # columns that one vector of partial sums covers at least
@@ -26,6 +27,8 @@ def why_not(spec: Spec) -> str | None:
     size = spec.scheme.group_size
     if size is not None and size % GROUP_STEP:
         return f"group_size={size} is not a multiple of {GROUP_STEP}"
+    if get_scale_dtype(spec.scheme.scale_dtype) not in native.SCALE_DTYPES:
+        return f"it does not read scales of {spec.scheme.scale_dtype}"
     if 0 in spec.shape:
         return "the weight is empty"
     if spec.shape[1] > native.MOST_COLUMNS:

@@ -78,8 +78,9 @@ def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
         len(shape) == 2, lambda: f"weight shape is {shape}; linear and embedding need (N, K)"
     )
     double_quant = scale is not None and scale.dtype == torch.uint8
-    plain = scale is None or double_quant
-    scale_dtype = "float32" if plain else str(scale.dtype).removeprefix("torch.")
+    scale_dtype = "float32" if scale is None else str(scale.dtype).removeprefix("torch.")
+    if double_quant:
+        scale_dtype = "float8_e4m3fn" if get_format(format).double_quant else "float32"
     scheme = _scheme(
         format,
         granularity,

@@ -48,7 +48,8 @@ def weight_values(weight: QTensor) -> Tensor:
 
 
 def _scales(weight: QTensor) -> Tensor:
-    """(R, G) float. In 8 bits: a float32 offset, then per 256 scales a float32 absmax and codes;
+    """(R, G) float. Of nvfp4: a float32 for all, then the bytes of e4m3, their product rounded to
+    float32. Else in 8 bits: a float32 offset, then per 256 scales a float32 absmax and codes;
     scale = offset + absmax * levels[code], rounded to float32 as it is stored nowhere else.
     """
     assert weight.scale is not None
@@ -57,6 +58,9 @@ def _scales(weight: QTensor) -> Tensor:
     n, k = weight.shape
     groups = k // (weight.scheme.group_size or k)
     i = torch.arange(n * groups, device=weight.scale.device)
+    if weight.scheme.scale_dtype == "float8_e4m3fn":
+        small = weight.scale[4 + i].view(torch.float8_e4m3fn).float()
+        return (small * _floats(weight.scale, torch.zeros_like(i))).view(n, groups)
     block = 4 + i // 256 * 260
     code = weight.scale[block + 4 + i % 256].long()
     absmax = _floats(weight.scale, block)

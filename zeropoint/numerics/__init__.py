@@ -18,18 +18,25 @@ tensor([[-1.0000,  0.0000,  0.4941,  2.0000]])
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zeropoint.errors import NonFiniteError, RecipeError, ScaleRangeError, UnknownNameError, nearest
-from zeropoint.numerics import affine
-from zeropoint.numerics import double_quant as _double_quant
-from zeropoint.numerics.formats import FORMATS, SCALE_DTYPES, Format, get_format
+from zeropoint.numerics import affine, microscaling, tensor_scale
+from zeropoint.numerics.formats import (
+    FORMATS,
+    SCALE_DTYPES,
+    SMALL_SCALE_DTYPES,
+    Format,
+    get_format,
+)
 from zeropoint.numerics.granularity import Granularity, blocked, rows_and_columns, scale_shape
 from zeropoint.numerics.grid import Grid, grid_codes, grid_values
 from zeropoint.numerics.packing import pack, unpack
+from zeropoint.numerics.two_level import CODINGS
 
 __all__ = [
     "FORMATS",
@@ -47,6 +54,7 @@ __all__ = [
     "get_scale_dtype",
     "grid_codes",
     "grid_values",
+    "in_units",
     "pack",
     "quantization_error",
     "quantize",
@@ -84,9 +92,10 @@ class QuantizationError(NamedTuple):
 
 def get_scale_dtype(name: str) -> torch.dtype:
     """The torch dtype of a scale dtype's name. Raises UnknownNameError."""
-    if not isinstance(name, str) or name not in SCALE_DTYPES:
-        raise UnknownNameError(f"{name!r} is not a scale dtype; {nearest(str(name), SCALE_DTYPES)}")
-    return SCALE_DTYPES[name]
+    known = SCALE_DTYPES | SMALL_SCALE_DTYPES
+    if not isinstance(name, str) or name not in known:
+        raise UnknownNameError(f"{name!r} is not a scale dtype; {nearest(str(name), known)}")
+    return known[name]
 
 
 def check_finite(values: Tensor) -> None:
@@ -126,7 +135,7 @@ def quantize(
     default "group" when there is a group_size (values along K that share a scale), else "channel".
     symmetric: zero_point is 0; False is for integer formats only. float_zero_point: it is float16,
     and 0 need not be on the grid; with symmetric=False. The grid spans each block's minimum and
-    maximum.
+    maximum; of a scale_dtype of 8 bits see `microscaling` and `tensor_scale`.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError, UnknownNameError, RecipeError.
     """
     fmt = get_format(format)
@@ -152,7 +161,9 @@ def quantize(
             f"values of shape {tuple(values.shape)} are empty; there is nothing to quantize"
         )
     zero_point = None
-    if symmetric:
+    if dtype in _SPECIFIED:
+        scale = _SPECIFIED[dtype](blocks, fmt.real_max)
+    elif symmetric:
         # The scale of zeros in a codebook is next to nothing: 1.0 among the scales that
         # `double_quant` compresses together would cost all others their precision.
         of_zeros = 0.0 if fmt.kind == "codebook" else 1.0
@@ -166,6 +177,29 @@ def quantize(
     quantized = Quantized(codes.view(values.shape), scale, zero_point)
     check_image(values, quantized, format)
     return quantized
+
+
+_SPECIFIED: dict[torch.dtype, Callable[[Tensor, float], Tensor]] = {
+    torch.float8_e8m0fnu: microscaling.shared_exponent,
+    torch.float8_e4m3fn: tensor_scale.block_scale,
+}
+"""How scales of 8 bits are chosen: (blocks, largest element) -> scales."""
+
+
+def in_units(
+    values: Tensor, format: str, scale_dtype: str, double_quant: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Values as codes are chosen for them, and the float of the tensor they were divided by.
+
+    As they are and None, but for scales that `numerics.tensor_scale` stores.
+    values: any shape, float. Returns it in float32, and () float32. Raises NonFiniteError,
+    ScaleRangeError.
+    """
+    if not double_quant or CODINGS[scale_dtype] is not tensor_scale:
+        return values, None
+    check_finite(values)
+    unit = tensor_scale.unit_of(values, get_format(format).real_max)
+    return values.float() / unit, unit
 
 
 def check_image(values: Tensor, quantized: Quantized, format: str) -> None:
@@ -231,11 +265,12 @@ def fake_quantize(
 ) -> Tensor:
     """dequantize(quantize(values)), in the dtype of the values.
 
-    double_quant: with scales as `numerics.double_quant` stores them. Other arguments and errors of
+    double_quant: with scales as `numerics.two_level` stores them. Other arguments and errors of
     `quantize`.
     """
+    plain, unit = in_units(values, format, scale_dtype, double_quant)
     q = quantize(
-        values,
+        plain,
         format,
         granularity=granularity,
         group_size=group_size,
@@ -244,9 +279,13 @@ def fake_quantize(
         scale_dtype=scale_dtype,
     )
     scale = q.scale
-    if double_quant and scale is not None:
+    if unit is not None:
+        assert scale is not None
+        scale = scale.float() * unit
+    elif double_quant and scale is not None:
         rows, groups = scale.shape
-        scale = _double_quant.expand(_double_quant.compress(scale), (rows, groups))
+        coding = CODINGS[scale_dtype]
+        scale = coding.expand(coding.compress(scale), (rows, groups))
     return dequantize(q.codes, scale, q.zero_point, format).to(values.dtype)
 
 

@@ -17,8 +17,14 @@ from zeropoint.numerics.formats import Format
 
 # Below these, 1 / scale or scale itself is lost: float16 subnormals are normal numbers once in
 # float32, where the arithmetic happens; the other two share float32's exponent, and its subnormals
-# may be flushed to zero.
-SCALE_FLOOR = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
+# may be flushed to zero. A float8 scale is what its specification says it is.
+SCALE_FLOOR = {
+    torch.float16: 2.0**-24,
+    torch.bfloat16: 2.0**-126,
+    torch.float32: 2.0**-126,
+    torch.float8_e8m0fnu: 2.0**-127,
+    torch.float8_e4m3fn: 2.0**-9,
+}
 FURTHEST_ZERO = 2048.0  # codes from 0 that a float zero point may lie: float16 counts in ones there
 _BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 

@@ -1,7 +1,7 @@
 """Codebooks: real = scale * levels[code], with the least scale at which the levels span the block.
 
 Sources: QLoRA (arXiv:2305.14314) section 3 for nf4; bitsandbytes for the code order of nf4 and fp4;
-llama.cpp for iq4nl.
+llama.cpp for iq4nl; OCP Microscaling Formats (MX) 1.0 for E2M1.
 """
 
 from __future__ import annotations
@@ -17,14 +17,31 @@ def codebook_codes(blocks: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     returns uint8.
 
     A value between two levels has the lower one; of two codes with one level (fp4 has two zeros)
-    the first stands for values below or at it. Both as in bitsandbytes 0.50, bit for bit.
+    the first stands for values below or at it. Both as in bitsandbytes 0.50, bit for bit. Levels
+    that are small floats round to even and keep the sign of a zero (`_float_codes`).
     """
     assert fmt.levels is not None
     levels = torch.tensor(fmt.levels, dtype=torch.float32, device=blocks.device)
+    if fmt.ties == "even":
+        return _float_codes(blocks.float() / scale.unsqueeze(-1).float(), levels)
     levels, codes = levels.sort(stable=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
     normalised = blocks.float() * (1.0 / scale.unsqueeze(-1).float())
     return codes.to(torch.uint8)[torch.bucketize(normalised.contiguous(), midpoints)]
+
+
+def _float_codes(values: Tensor, levels: Tensor) -> Tensor:
+    """Codes of small floats: magnitudes in ascending order, then the same with a sign.
+
+    Round to nearest, ties to the even code; what is beyond the largest is the largest.
+    values: any shape, float32; levels: (L,) float32. Returns uint8.
+    """
+    half = len(levels) // 2
+    magnitudes = levels[:half]
+    below = (magnitudes[1:] + magnitudes[:-1]) / 2  # at most this is the lower one ...
+    below[1::2] = torch.nextafter(below[1::2], below.new_zeros(()))  # ... unless that is odd
+    codes = torch.bucketize(values.abs().contiguous(), below, out_int32=True)
+    return (codes + half * values.signbit()).to(torch.uint8)
 
 
 def codebook_values(codes: Tensor, scale: Tensor, fmt: Format) -> Tensor:

@@ -26,12 +26,15 @@ class Format:
     """One number format.
 
     bits: storage bits of a code. kind: which of the four equations above applies.
-    levels: real values of the codes of a codebook, in code order.
+    levels: real values of the codes of a codebook, in code order. ties: the code of a value halfway
+    between two levels: of the lower one, or the even one, as small floats with the sign in their
+    highest bit round.
     dtype: the torch dtype of a float8 or downcast code.
     group_size: values that share a scale unless the user says otherwise; None means one scale per
     channel.
     scale_dtype: of the scales of groups, unless the user says otherwise; None means float16, and
-    float32 for codebooks, as bitsandbytes has them.
+    float32 for codebooks, as bitsandbytes has them. double_quant: scales of that dtype have a float
+    of the tensor beside them (`numerics.tensor_scale`), unless the user says otherwise.
     symmetric: zero_point = 0 unless the user says otherwise. Always True for kinds without a zero
     point.
     """
@@ -40,9 +43,11 @@ class Format:
     bits: int
     kind: Kind
     levels: tuple[float, ...] | None = None
+    ties: Literal["lower", "even"] = "lower"
     dtype: torch.dtype | None = None
     group_size: int | None = None
     scale_dtype: str | None = None
+    double_quant: bool = False
     symmetric: bool = True
 
     @property
@@ -101,6 +106,22 @@ _IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 IQ4NL_LEVELS = tuple(level / 127 for level in _IQ4NL)
 
 
+# E2M1 of OCP Microscaling Formats (MX) 1.0, table 5: sign, 2 exponent bits, 1 mantissa bit.
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_LEVELS = _E2M1_MAGNITUDES + tuple(-m for m in _E2M1_MAGNITUDES)
+
+
+def _mx(name: str, element: torch.dtype) -> Format:
+    return Format(
+        name=name,
+        bits=8,
+        kind="float8",
+        dtype=element,
+        group_size=32,
+        scale_dtype="float8_e8m0fnu",
+    )
+
+
 def _integer(bits: int, group_size: int | None) -> Format:
     return Format(
         name=f"int{bits}", bits=bits, kind="integer", group_size=group_size, symmetric=bits == 8
@@ -125,6 +146,27 @@ _ROWS = (
         group_size=32,
         scale_dtype="float16",
     ),
+    Format(
+        name="mxfp4",
+        bits=4,
+        kind="codebook",
+        levels=E2M1_LEVELS,
+        ties="even",
+        group_size=32,
+        scale_dtype="float8_e8m0fnu",
+    ),
+    Format(
+        name="nvfp4",
+        bits=4,
+        kind="codebook",
+        levels=E2M1_LEVELS,
+        ties="even",
+        group_size=16,
+        scale_dtype="float8_e4m3fn",
+        double_quant=True,
+    ),
+    _mx("mxfp8_e4m3", torch.float8_e4m3fn),
+    _mx("mxfp8_e5m2", torch.float8_e5m2),
     Format(name="float8_e4m3fn", bits=8, kind="float8", dtype=torch.float8_e4m3fn),
     Format(name="float8_e5m2", bits=8, kind="float8", dtype=torch.float8_e5m2),
     Format(name="bfloat16", bits=16, kind="downcast", dtype=torch.bfloat16),
@@ -158,10 +200,17 @@ ELSEWHERE = {
     **{f"q{bits}_0": f"int{bits}" for bits in (4, 5, 8)},
     **{f"q{bits}_k": f"int{bits}" for bits in (2, 3, 4, 5, 6)},
     "q4_k_m": "int4",
+    "mxfp4_moe": "mxfp4",
     # llm-compressor
     "w8a8": _INT8_INPUTS,
     "w8a16": "int8",
     "w4a16": "int4",
+    # torchao, microxcaling, compressed-tensors
+    "mxfp8": "mxfp8_e4m3",
+    "mxfp8_e4m3fn": "mxfp8_e4m3",
+    "fp4_e2m1": "mxfp4",
+    "e2m1": "mxfp4",
+    "nvfp4a16": "nvfp4",
     # short names of dtypes
     "fp8": "float8_e4m3fn",
     "float8": "float8_e4m3fn",
@@ -178,6 +227,13 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+"""For scales of any format."""
+
+SMALL_SCALE_DTYPES: dict[str, torch.dtype] = {
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+"""For the formats that are specified with them (`microscaling`, `tensor_scale`)."""
 
 
 def get_format(name: str) -> Format:

@@ -267,7 +267,7 @@ def histogram(weight: Tensor, scheme: Scheme | str, *, ax: Axes | None = None) -
     quantized = rtn(weight, scheme)
     assert quantized.scales is not None
     blocks = blocked(weight, scheme.granularity, scheme.group_size)
-    units = blocks / quantized.scales.unsqueeze(-1)
+    units = blocks / quantized.scales.float().unsqueeze(-1)
     if quantized.zero_point is not None:
         units += quantized.zero_point.unsqueeze(-1)
     codes = _all_codes(fmt)
