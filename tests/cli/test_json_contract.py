@@ -97,7 +97,7 @@ def test_documented_keys_of_encoders(cli: Cli, bert: Path, words: Path, tmp_path
 
 
 def test_every_verb_is_documented() -> None:
-    assert documented().keys() == {*RUNS, "compare (encoders)"}
+    assert documented().keys() == {*RUNS, "compare (encoders)", "quantize --json-events"}
     assert {title.split()[0] for title in documented()} == VERBS.keys()
 
 

@@ -2,6 +2,7 @@
 on the way.
 """
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import zeropoint as zp
 from tests.models import ARCHITECTURES, build, outputs, tokenizer
-from zeropoint.checkpoints import native
+from zeropoint.checkpoints import floats, native
 from zeropoint.errors import (
     CheckpointError,
     GroupSizeError,
@@ -76,7 +77,8 @@ def test_it_writes_what_saving_the_loaded_model_writes(tmp_path, name, options):
     assert report.bytes_after == zp.footprint(model).total_bytes
     loaded, _ = zp.load(tmp_path / "float")
     assert report == zp.quantize(loaded, **{k: v for k, v in options.items() if k != "algorithm"})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["float", "saved", "streamed"]
+    names = ["float", "saved", "streamed", "streamed.quantize.log"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -318,6 +320,26 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch):
         patch.setattr(stream.Shard, "put", put)
         with pytest.raises(CheckpointError, match="No space left .* the same call goes on"):
             zp.compress(folder, tmp_path / "out")
+    zp.compress(folder, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_read_error_in_the_middle_loses_nothing(folder, tmp_path, monkeypatch):
+    zp.compress(folder, tmp_path / "whole")
+    opened, left = floats.safe_open, [8]
+
+    def failing(*arguments, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(floats, "safe_open", failing)
+        with pytest.raises(CheckpointError, match="weight cannot be read: .*Input/output error"):
+            zp.compress(folder, tmp_path / "out", workers=1)
+    done = (tmp_path / ".out.unfinished" / "journal.jsonl").read_text().splitlines()
+    assert len(done) > 3 and not (tmp_path / "out").exists()
     zp.compress(folder, tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 

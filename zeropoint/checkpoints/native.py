@@ -423,14 +423,19 @@ def _parsed(path: Path, manifest: dict[str, Any], optional: tuple[str, ...]) -> 
     if manifest.get("digest") != _digest(manifest):
         raise CheckpointError(f"{path}: the manifest was changed or damaged after it was written")
     manifest = {key: {} for key in optional} | manifest
-    for key in ("weights", "tensors", "tied", "files", "hashes"):
+    for key, kind in _SECTIONS.items():
         if not isinstance(manifest.get(key), dict):
             raise CheckpointError(f"{path}: the manifest has no {key!r}")
-    for file in manifest["files"]:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+        odd = next((n for n, row in manifest[key].items() if not isinstance(row, kind)), None)
+        if odd is not None:
+            raise CheckpointError(f"{path}: {key!r} has {odd!r}: {manifest[key][odd]!r}")
+    for file, row in manifest["files"].items():
+        if Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file:
             raise CheckpointError(f"{path} names {file!r}, which is outside the folder")
+        if row.keys() != {"bytes", "sha256"}:
+            raise CheckpointError(f"{path}: 'files' has {file!r}: {row!r}")
     carried = manifest.get("carried", [])
-    if not isinstance(carried, list) or not all(name in manifest["tensors"] for name in carried):
+    if not isinstance(carried, list) or not {*map(str, carried)} <= manifest["tensors"].keys():
         raise CheckpointError(f"{path}: 'carried' names what is not among its tensors")
     problem = _inputs_problem(manifest.get("inputs", {}))
     if problem is not None:
@@ -441,6 +446,13 @@ def _parsed(path: Path, manifest: dict[str, Any], optional: tuple[str, ...]) -> 
     return manifest
 
 
+_SECTIONS: dict[str, type] = {
+    "weights": dict,
+    "tensors": dict,
+    "tied": str,
+    "files": dict,
+    "hashes": str,
+}
 _INPUT_FIELDS: dict[str, tuple[type, ...]] = {
     "observer": (str,),
     "samples": (int,),
@@ -511,7 +523,7 @@ def _weight_row(name: str, row: Any) -> tuple[Scheme, torch.Size, torch.dtype]:
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{row['dtype']!r} is not a dtype")
         part_specs(shape, scheme)
-    except (ZeropointError, KeyError, TypeError, AttributeError) as e:
+    except (ZeropointError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise CheckpointError(f"{name}: its manifest entry makes no sense: {e}") from e
     return scheme, shape, dtype
 

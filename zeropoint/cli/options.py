@@ -104,12 +104,12 @@ Debug = Annotated[
 """Acted on by `cli.edge.Verb`; the verbs declare it and need not look at it."""
 
 
-def refuse_json_in(output: Path, json_to: str | None) -> None:
-    """Raises ZeropointError for a `--json` inside the folder that will be a checkpoint."""
+def refuse_json_in(output: Path, json_to: str | None, option: str = "--json") -> None:
+    """Raises ZeropointError for such a file inside the folder that will be a checkpoint."""
     if json_to is not None and output.resolve() in Path(json_to).resolve().parents:
         raise ZeropointError(
-            f"--json {json_to} lies in {output}, which will hold the checkpoint and nothing else; "
-            "write it beside"
+            f"{option} {json_to} lies in {output}, which will hold the checkpoint and nothing "
+            "else; write it beside"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from zeropoint.cli.events import Events
 from zeropoint.cli.options import (
     Activations,
     Debug,
@@ -28,6 +30,7 @@ from zeropoint.cli.options import (
 from zeropoint.cli.reports import show_report
 from zeropoint.cli.screen import Screen, megabytes, silence_libraries, table
 from zeropoint.errors import RecipeError
+from zeropoint.progress import Unit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,13 +167,22 @@ def quantize(
         ),
     ] = False,
     json_to: Json = None,
+    json_events: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write a line of JSON for everything that happens, as it does; - for stdout.",
+            show_default=False,
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Quantize a model's weights and write a checkpoint."""
     start = time.perf_counter()
-    screen = Screen(json_to)
+    screen = Screen(json_to, json_events)
     refuse_json_in(output, json_to)
     check_recipe_file(save_recipe)
+    refuse_json_in(output, json_events, "--json-events")
     with screen.spinner("starting"):
         from zeropoint.checkpoints import native
         from zeropoint.checkpoints.atomic import check_writable
@@ -241,26 +253,36 @@ def quantize(
             "--fresh starts over what an interrupted run left, and runs with calibration, a budget "
             "or another --dtype leave nothing; leave it out"
         )
-    if streams:
-        done = _streamed(screen, model, output, how, algorithm, overwrite=overwrite, fresh=fresh)
-    else:
-        done = _in_memory(
-            screen,
-            model,
-            output,
-            how,
-            algorithm,
-            rest,
-            observer,
-            texts,
-            options,
-            overwrite,
-            spending,
+    events = Events(json_events, screen)
+    with events.running(model=model, output=str(output), algorithm=algorithm):
+        if streams:
+            done = _streamed(
+                screen, events, model, output, how, algorithm, overwrite=overwrite, fresh=fresh
+            )
+        else:
+            done = _in_memory(
+                events,
+                model,
+                output,
+                how,
+                algorithm,
+                rest,
+                observer,
+                texts,
+                options,
+                overwrite,
+                spending,
+            )
+        seconds = time.perf_counter() - start
+        peak = peak_rss_bytes()
+        report = done.report
+        events.event(
+            "finished",
+            bytes_before=report.bytes_before,
+            bytes_after=done.total_bytes,
+            bits_per_weight=done.bits_per_weight,
+            peak_rss_bytes=peak,
         )
-
-    seconds = time.perf_counter() - start
-    peak = peak_rss_bytes()
-    report = done.report
     if save_recipe is not None:
         report.recipe.save(save_recipe)
     screen.json(
@@ -311,6 +333,7 @@ NO_RANGES: dict[str, Any] = {
 
 def _streamed(
     screen: Screen,
+    events: Events,
     model: str,
     output: Path,
     how: dict[str, Any],
@@ -322,10 +345,11 @@ def _streamed(
     """Weight by weight: from files to files, or where that cannot be, by way of memory."""
     import zeropoint as zp
     from zeropoint.errors import StreamError
+    from zeropoint.flows.log import logged
     from zeropoint.flows.report import data_free
 
     try:
-        with screen.progress("quantizing (MB)") as on_step:
+        with events.progress("quantizing (MB)") as on_step:
             report = zp.compress(
                 model,
                 output,
@@ -334,17 +358,19 @@ def _streamed(
                 overwrite=overwrite,
                 fresh=fresh,
                 on_step=on_step,
+                on_unit=events.unit,
             )
     except KeyboardInterrupt:
         screen.warn("what is done is kept; the same command goes on with it")
         raise
     except StreamError as e:
         screen.warn(f"the quantized model is held in memory until it is written: {e}")
-        with screen.spinner(f"loading {model}"):
-            report = zp.plan(model, **{k: v for k, v in how.items() if k != "strict"}).report
-            loaded, tokenizer = zp.load(model, **how, algorithm=algorithm)
-        with screen.spinner(f"writing {output}"):
-            zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
+        with logged(Path(os.path.abspath(output)), f"{model} by {algorithm}"):
+            with events.spinner(f"loading {model}"):
+                report = zp.plan(model, **{k: v for k, v in how.items() if k != "strict"}).report
+                loaded, tokenizer = zp.load(model, **how, algorithm=algorithm)
+            with events.spinner(f"writing {output}"):
+                zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
     return _Done(
         report=report,
         frozen=data_free(report, algorithm),
@@ -355,7 +381,7 @@ def _streamed(
 
 
 def _in_memory(
-    screen: Screen,
+    events: Events,
     model: str,
     output: Path,
     how: dict[str, Any],
@@ -371,30 +397,41 @@ def _in_memory(
     import zeropoint as zp
     from zeropoint.algorithms import get_algorithm
     from zeropoint.flows.activations import calibrate_on
+    from zeropoint.flows.log import logged
 
-    with screen.spinner(f"loading {model}"):
-        loaded, tokenizer = zp.load(model)
-    with screen.progress("spending the budget" if spending else "checking the weights") as on_step:
-        spent = spending and {"tokenizer": tokenizer, "on_step": on_step}
-        report = zp.quantize(loaded, **how, **spending, **spent)
-    calibrated = get_algorithm(algorithm).needs != "nothing"
-    with screen.progress("quantizing") as on_step:
-        frozen = zp.freeze(
-            loaded,
-            algorithm,
-            data=texts if calibrated else None,
-            tokenizer=tokenizer,
-            calibration=options if calibrated else None,
-            on_step=on_step,
-        )
-    # After freezing: codes are chosen from the stored weights, not from rounded ones.
-    loaded.to(rest)
-    ranges = None
-    if observer is not None:  # last: by the layers as they will be
-        with screen.progress("calibrating activations") as on_step:
-            ranges = calibrate_on(loaded, observer, texts, tokenizer, options, on_step)
-    with screen.spinner(f"writing {output}"):
-        zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
+    with logged(Path(os.path.abspath(output)), f"{model} by {algorithm}") as log:
+        with events.spinner(f"loading {model}"):
+            loaded, tokenizer = zp.load(model)
+        log.say("loaded")
+        stage = "spending the budget" if spending else "checking the weights"
+        with events.progress(stage) as on_step:
+            told = spending and {"tokenizer": tokenizer, "on_step": log.steps(on_step)}
+            report = zp.quantize(loaded, **how, **spending, **told)
+        calibrated = get_algorithm(algorithm).needs != "nothing"
+        with events.progress("quantizing") as on_step:
+            frozen = zp.freeze(
+                loaded,
+                algorithm,
+                data=texts if calibrated else None,
+                tokenizer=tokenizer,
+                calibration=options if calibrated else None,
+                on_step=log.steps(on_step),
+            )
+        for layer in frozen.layers:
+            unit = Unit(name=layer.name, output_error=layer.output_error)
+            log.unit(unit)
+            events.unit(unit)
+        # After freezing: codes are chosen from the stored weights, not from rounded ones.
+        loaded.to(rest)
+        ranges = None
+        if observer is not None:  # last: by the layers as they will be
+            with events.progress("calibrating activations") as on_step:
+                ranges = calibrate_on(
+                    loaded, observer, texts, tokenizer, options, log.steps(on_step)
+                )
+        log.say("writing")
+        with events.spinner(f"writing {output}"):
+            zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
     size = zp.footprint(loaded)
     return _Done(
         report=report,

@@ -31,12 +31,17 @@ def stderr_console() -> Console:
 class Screen:
     """The output of one verb. results: for people. notes: progress and warnings.
 
-    Raises ZeropointError at once when the JSON file could not be written at the end.
+    Raises ZeropointError at once when the JSON file could not be written at the end, and when both
+    it and `events_to`, where a verb writes its events, are stdout.
     """
 
-    def __init__(self, json_to: str | None = None) -> None:
+    def __init__(self, json_to: str | None = None, events_to: str | None = None) -> None:
+        if json_to == events_to == STDOUT:
+            raise ZeropointError(
+                "--json - and --json-events - both need stdout; name a file for one"
+            )
         self.notes = stderr_console()
-        self.results = self.notes if json_to == STDOUT else Console(highlight=False)
+        self.results = self.notes if STDOUT in (json_to, events_to) else Console(highlight=False)
         self._json_to = json_to
         if json_to not in (None, STDOUT):
             with _json_errors(json_to):
@@ -92,7 +97,7 @@ class Screen:
         """
         if self._json_to is None:
             return
-        text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if self._json_to == STDOUT:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -142,11 +147,12 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """JSON data with null for numbers that are not finite."""
     if isinstance(data, Mapping):
-        return {str(key): _finite(value) for key, value in data.items()}
+        return {str(key): finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return data

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -36,6 +37,7 @@ from zeropoint.errors import (
     StreamError,
     ZeropointError,
 )
+from zeropoint.flows.log import logged, working_folder
 from zeropoint.flows.ptq import Patterns, dtype_name, planned
 from zeropoint.flows.report import Report
 from zeropoint.model.load import float_skeleton, install, model_names
@@ -45,12 +47,13 @@ from zeropoint.model.source import Source, resolve
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QModule, quantized_type
 from zeropoint.numerics import check_finite
-from zeropoint.progress import OnStep, no_progress
+from zeropoint.progress import OnStep, OnUnit, Unit, no_progress, no_units
 from zeropoint.qtensor import QTensor, empty
 from zeropoint.scheme import Recipe
 
 JOURNAL = "journal.jsonl"
 WORKERS = 2
+SAMPLED_ROWS = 32  # of a weight, whose error is in the log
 
 
 def compress(
@@ -75,13 +78,14 @@ def compress(
     fresh: bool = False,
     workers: int = WORKERS,
     on_step: OnStep = no_progress,
+    on_unit: OnUnit = no_units,
 ) -> Report:
     """Quantize a checkpoint that may be larger than memory into another one.
 
     source: a folder of safetensors, or a hub id. out: the folder to write. weights to strict: as
     `zp.quantize` takes them. algorithm: "rtn", "mse" or "hqq". task: as `zp.load` takes it.
     overwrite: replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized
-    and written at the same time.
+    and written at the same time. on_unit: called for every weight and tensor that is finished.
 
     A run that ended early left what it had done beside `out`, and the same call goes on with it;
     the result is the same, byte by byte. fresh: start over instead. Files of the source that hold
@@ -115,7 +119,13 @@ def compress(
     check_writable(out, lambda existing: native.why_not_replace(existing, overwrite))
     job = prepare(local_folder(resolve(source)), options, recipe=recipe, strict=strict, task=task)
     job = replace(job, contents=replace(job.contents, algorithm=chosen.name))
-    _run(job, chosen, out, fresh=fresh, workers=workers, on_step=on_step)
+    with logged(out, f"{job.folder} to {out} by {algorithm}") as log:
+
+        def finished(unit: Unit) -> None:
+            log.unit(unit)
+            on_unit(unit)
+
+        _run(job, chosen, out, fresh=fresh, workers=workers, on_step=on_step, on_unit=finished)
     return job.report
 
 
@@ -338,13 +348,18 @@ def _differ(first: Stored, second: Stored) -> bool:
 
 
 def _run(
-    job: Job, algorithm: Algorithm, out: Path, *, fresh: bool, workers: int, on_step: OnStep
+    job: Job,
+    algorithm: Algorithm,
+    out: Path,
+    *,
+    fresh: bool,
+    workers: int,
+    on_step: OnStep,
+    on_unit: OnUnit,
 ) -> None:
-    working = out.with_name(f".{out.name}.unfinished")
+    working = working_folder(out)
     written = working / "checkpoint"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        working.mkdir(exist_ok=True)
         journal = Journal(working / JOURNAL, _identity(job, algorithm), fresh=fresh)
     except OSError as e:
         raise CheckpointError(f"{out} cannot be written: {e}") from e
@@ -353,7 +368,7 @@ def _run(
             shutil.rmtree(written, ignore_errors=True)
         written.mkdir(exist_ok=True)
         _keep_only_tensors(written)
-        hashes = _write_tensors(job, algorithm, written, journal, workers, on_step)
+        hashes = _write_tensors(job, algorithm, written, journal, workers, on_step, on_unit)
         _copy_files(job.folder, written)
         native.write_config(written, job.contents)
         native.write_manifest(written, job.contents, hashes)
@@ -368,7 +383,8 @@ def _run(
         ) from e
     finally:
         journal.close()
-    shutil.rmtree(working, ignore_errors=True)
+    shutil.rmtree(written, ignore_errors=True)  # what `out` was before
+    (working / JOURNAL).unlink()
 
 
 def _keep_only_tensors(folder: Path) -> None:
@@ -393,7 +409,13 @@ def _identity(job: Job, algorithm: Algorithm) -> dict[str, Any]:
 
 
 def _write_tensors(
-    job: Job, algorithm: Algorithm, folder: Path, journal: Journal, workers: int, on_step: OnStep
+    job: Job,
+    algorithm: Algorithm,
+    folder: Path,
+    journal: Journal,
+    workers: int,
+    on_step: OnStep,
+    on_unit: OnUnit,
 ) -> dict[str, str]:
     """Returns the SHA-256 of each file."""
     present = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
@@ -414,17 +436,18 @@ def _write_tensors(
         hashes: dict[str, Future[str]] = {}
         hasher = opened.enter_context(ThreadPoolExecutor(workers))
 
-        def unit(name: str) -> Callable[[], int]:
+        def work(name: str) -> Callable[[], Unit]:
             return lambda: _write_one(job, algorithm, name, homes, journal)
 
-        def finished(name: str) -> None:
-            parts = set(_part_names(job, name))
+        def finished(unit: Unit) -> None:
+            on_unit(unit)
+            parts = set(_part_names(job, unit.name))
             for file, shard in shards.items():
                 missing[file] -= parts
                 if not missing[file] and file not in hashes:
                     hashes[file] = hasher.submit(_read_again, folder / file, shard, journal)
 
-        units = {name: unit(name) for name in (*job.contents.qweights, *job.contents.tensors)}
+        units = {name: work(name) for name in (*job.contents.qweights, *job.contents.tensors)}
         _in_threads(units, finished, job, workers, on_step)
         on_step("hashing and verifying", 1, 1)
         result = {file: future.result() for file, future in hashes.items()}
@@ -449,8 +472,8 @@ def _read_again(path: Path, shard: Shard, journal: Journal) -> str:
 
 
 def _in_threads(
-    units: Mapping[str, Callable[[], int]],
-    finished: Callable[[str], None],
+    units: Mapping[str, Callable[[], Unit]],
+    finished: OnUnit,
     job: Job,
     workers: int,
     on_step: OnStep,
@@ -460,56 +483,79 @@ def _in_threads(
     """
     total, done = job.bytes_to_read, 0
     waiting = iter(units.items())
-    running: dict[Future[int], str] = {}
+    running: set[Future[Unit]] = set()
     with ThreadPoolExecutor(workers) as pool:
         while True:
-            for name, unit in waiting:
-                running[pool.submit(unit)] = name
+            for name, work in waiting:
+                running.add(pool.submit(work))
                 on_step(name, done // 1_000_000, total // 1_000_000)
                 if len(running) >= workers:
                     break
             if not running:
                 break
-            complete, _ = wait(running, return_when=FIRST_COMPLETED)
+            complete, running = wait(running, return_when=FIRST_COMPLETED)
             for future in complete:
-                done += future.result()
-                finished(running.pop(future))
+                unit = future.result()
+                done += unit.bytes_before or 0
+                finished(unit)
     on_step("", total // 1_000_000, total // 1_000_000)
 
 
 def _write_one(
     job: Job, algorithm: Algorithm, name: str, homes: Mapping[str, Shard], journal: Journal
-) -> int:
-    """Read, quantize and write a weight, unless an earlier run has. Returns the bytes it has in the
-    source.
-    """
+) -> Unit:
+    """Read, quantize and write a weight, unless an earlier run has."""
+    start = time.perf_counter()
     source = job.sources.get(name)
     nbytes = 0 if source is None else source.nbytes
     if all(
         part in journal.done and zlib.crc32(homes[part].get(part)) == journal.done[part]
         for part in _part_names(job, name)
     ):
-        return nbytes
+        return Unit(name=name, bytes_before=nbytes)
     # A tensor without a source is a buffer that the model computes for itself.
     values = job.contents.tensors[name] if source is None else source.read()
     with _naming(name):
-        parts = _parts(job, algorithm, name, values)
+        parts, error = _parts(job, algorithm, name, values)
     for suffix, part in parts.items():
         homes[name + suffix].put(name + suffix, part)
         # CRC-32: what it has to find is a page that never reached the disk, and it is fast.
         journal.add(name + suffix, zlib.crc32(as_bytes(part)))
     drop_pages(values)
-    return nbytes
+    return Unit(
+        name=name,
+        bytes_before=nbytes,
+        bytes_after=sum(part.nbytes for part in parts.values()),
+        seconds=time.perf_counter() - start,
+        error=error,
+    )
 
 
-def _parts(job: Job, algorithm: Algorithm, name: str, values: Tensor) -> Mapping[str, Tensor]:
-    """The tensors to write for a weight or tensor as it is read, by suffix."""
+def _parts(
+    job: Job, algorithm: Algorithm, name: str, values: Tensor
+) -> tuple[Mapping[str, Tensor], float | None]:
+    """The tensors to write for a weight or tensor as it is read, by suffix; and of a weight, the
+    relative error of some of its rows.
+    """
     weight = job.contents.qweights.get(name)
     if weight is None:
-        return {"": values.to(job.contents.tensors[name].dtype)}
+        return {"": values.to(job.contents.tensors[name].dtype)}, None
     rows = (values.t() if name in job.transposed else values).to(weight.dtype)
     check_finite(rows)
-    return algorithm.choose(rows, None, weight.scheme).weight.parts
+    chosen = algorithm.choose(rows, None, weight.scheme).weight
+    return chosen.parts, _error(chosen, rows)
+
+
+def _error(chosen: QTensor, values: Tensor) -> float | None:
+    """|W - image| / |W| of rows at equal distances; None for what has no rows. For the log: all of
+    them would take as long as quantizing does.
+    """
+    if len(chosen.shape) != 2 or not len(values):
+        return None
+    rows = torch.arange(0, len(values), -(-len(values) // SAMPLED_ROWS))
+    w = values[rows].float()
+    lost = torch.linalg.vector_norm(w - chosen.rows(rows).dequantize(torch.float32))
+    return float(lost / torch.linalg.vector_norm(w).clamp_min(1e-30))
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def check_file(path: Path) -> None:
 
     try:
         header = GgufHeader.from_file(str(path))
-    except (ValueError, struct.error, IndexError) as e:
+    except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as e:
         raise SourceError(f"{path} cannot be read as a .gguf file: {e}") from e
     size = path.stat().st_size
     end = header.data_start + max((t.offset + t.nbytes for t in header.tensors), default=0)

@@ -28,6 +28,17 @@ from zeropoint.nn.inputs import INPUT_PARTS, InputRange
 from zeropoint.numerics import get_format
 from zeropoint.qtensor import QTensor
 
+# What transformers and torch make of configurations that nobody meant.
+NONSENSE = (
+    OSError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 # The pipeline task names of transformers, and the class that serves each.
 TASKS = {
     "text-generation": "AutoModelForCausalLM",
@@ -160,6 +171,7 @@ def float_skeleton(where: str | Path, task: str | None = None) -> nn.Module:
 
     where: a folder, a .gguf file or a hub id. Raises SourceError.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -169,8 +181,8 @@ def float_skeleton(where: str | Path, task: str | None = None) -> nn.Module:
         else:
             config = AutoConfig.from_pretrained(where)
         return empty_model(_model_class(config, task), config)
-    except (OSError, ValueError) as e:
-        raise SourceError(f"{str(where)!r} cannot be loaded: {e}") from e
+    except (*NONSENSE, StrictDataclassError) as e:
+        raise SourceError(f"{str(where)!r} cannot be loaded: {e!r}") from e
 
 
 def model_names(model: Any, stored: Iterable[str], ours: Collection[str]) -> dict[str, str]:
