@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -56,6 +56,9 @@ class Events:
             self._file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as e:
+            file, self._file = self._file, None
+            with suppress(OSError):  # what could not be written is tried once more, and given up
+                file.close()
             raise _unwritable(str(self._to), e) from e
 
     def unit(self, unit: Unit) -> None:
