@@ -39,7 +39,9 @@ def test_the_bytes_are_those_of_the_result(tmp_path, name, weights):
     report = zp.compress(tmp_path / "float", tmp_path / "out", weights, strict=False)
     assert plan.report == report and plan.weights == weights and plan.whole is None
     assert plan.bytes_after == report.bytes_after
-    assert plan.disk_bytes == pytest.approx(size(tmp_path / "out"), rel=0.02)
+    # What the manifest says of files, and the recipe: 1.3 KB whatever the format is, which is more
+    # than 2 % of the smallest of these models.
+    assert plan.disk_bytes == pytest.approx(size(tmp_path / "out"), rel=0.02, abs=1500)
 
 
 MEASURE = """
