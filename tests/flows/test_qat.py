@@ -364,9 +364,37 @@ def test_a_run_on_a_frozen_model_that_fails_leaves_its_scales():
     assert same(state(model), before)
 
 
-def test_scales_stored_in_8_bits_stay():
+def test_scales_of_either_sign_learn():
+    """Their mean is near 0, and so would be a rate that is a share of it."""
     original = sharp()
-    model = frozen(original, "nf4", double_quant=True)
+    model = copy.deepcopy(original)
+    zp.quantize(model, "int3", symmetric=True)
+    zp.freeze(model, "mse")
+    before = model.model.layers[0].mlp.up_proj.qweight.scale.float()
+    assert bool((before < 0).any()) and bool((before > 0).any())
+    training = settings(parameters="scales", scale_learning_rate=3e-3)
+    report = zp.finetune(model, tokens(), teacher=original, training=training)
+    assert dict(report.held_out)[report.best_step] < 0.98 * report.held_out[0][1]
+    after = model.model.layers[0].mlp.up_proj.qweight.scale.float()
+    assert bool((after * before > 0).all())
+
+
+def test_a_scale_that_learned_to_be_nothing_is_stored_as_the_least():
+    model = frozen(sharp(), "int4")
+    layer = model.model.layers[0].mlp.up_proj
+    layer.free_scale()
+    with torch.no_grad():
+        layer.grid.scale[0, 0] = -1.0
+    layer.fix_scale()
+    assert 0 < layer.qweight.scale[0, 0] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "options", [{"weights": "nf4", "double_quant": True}, {"weights": "mxfp4"}]
+)
+def test_scales_stored_in_8_bits_stay(options):
+    original = sharp()
+    model = frozen(original, **options)
     training = settings(parameters="scales")
     with pytest.raises(RecipeError, match="no layer learns its scale"):
         zp.finetune(model, tokens(), teacher=original, training=training)

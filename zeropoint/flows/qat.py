@@ -299,7 +299,7 @@ def _optimizer(
     for module in modules.values():
         if module.grid is not None:
             scale, zero_point = module.grid
-            rates[id(scale)] = options.scale_learning_rate * float(scale.detach().mean())
+            rates[id(scale)] = options.scale_learning_rate * float(scale.detach().abs().mean())
             if zero_point is not None:
                 rates[id(zero_point)] = options.scale_learning_rate * module.scheme.fmt.real_max
     groups = [

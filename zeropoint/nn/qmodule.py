@@ -208,9 +208,9 @@ class QModule(nn.Module):
 
     @property
     def scale_trains(self) -> bool:
-        """Whether `free_scale` can be called: scales of a frozen weight's own, stored as floats."""
+        """Whether `free_scale` can be called: scales of the module's own, in 16 bits or more."""
         scale = self._buffers.get("weight_scale")
-        return scale is not None and scale.is_floating_point()
+        return scale is not None and scale.dtype.itemsize > 1
 
     def free_scale(self) -> None:
         """Make the scales of a frozen weight a float32 parameter, until `fix_scale`. In place."""
@@ -224,8 +224,10 @@ class QModule(nn.Module):
         """Store the scales of `free_scale` in the scheme's dtype again. In place."""
         scale = self._parameters.pop("weight_scale")
         assert scale is not None
-        dtype = get_scale_dtype(self.scheme.scale_dtype)
-        self._buffers["weight_scale"] = round_scale(scale.detach(), dtype)
+        scheme, value = self.scheme, scale.detach()
+        if not (scheme.fmt.signed_scale and scheme.symmetric):
+            value = value.clamp_min(0.0)  # rounded to the least there is
+        self._buffers["weight_scale"] = round_scale(value, get_scale_dtype(scheme.scale_dtype))
         self._unbind()
 
     def on_learned_grid(self) -> QTensor:
