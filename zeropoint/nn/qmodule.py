@@ -24,7 +24,6 @@ from zeropoint.numerics import (
     get_scale_dtype,
     grid_codes,
 )
-from zeropoint.numerics.affine import round_scale
 from zeropoint.numerics.learned import stored_grid
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Role, Scheme
@@ -224,10 +223,14 @@ class QModule(nn.Module):
         """Store the scales of `free_scale` in the scheme's dtype again. In place."""
         scale = self._parameters.pop("weight_scale")
         assert scale is not None
-        scheme, value = self.scheme, scale.detach()
-        if not (scheme.fmt.signed_scale and scheme.symmetric):
-            value = value.clamp_min(0.0)  # rounded to the least there is
-        self._buffers["weight_scale"] = round_scale(value, get_scale_dtype(scheme.scale_dtype))
+        scheme = self.scheme
+        self._buffers["weight_scale"] = stored_grid(
+            scale.detach(),
+            self._buffers.get("weight_zero_point"),
+            scheme.fmt,
+            get_scale_dtype(scheme.scale_dtype),
+            float_zero_point=scheme.float_zero_point,
+        ).scale
         self._unbind()
 
     def on_learned_grid(self) -> QTensor:
