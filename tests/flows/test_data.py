@@ -144,6 +144,6 @@ def test_data_for_an_algorithm_that_uses_none_is_refused(arguments):
     model = build("llama")
     zp.quantize(model)
     with pytest.raises(
-        RecipeError, match="'rtn' uses no calibration data; leave data and calibration out, or use"
+        RecipeError, match="'rtn' uses no calibration data; leave data, effort and calibration out,"
     ):
         zp.freeze(model, **arguments)

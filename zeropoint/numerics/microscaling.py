@@ -20,9 +20,9 @@ def shared_exponent(blocks: Tensor, largest_element: float) -> Tensor:
 
     Exponents beyond those of the dtype, -127 to 127, are its nearest; that of zeros is -127.
 
-    >>> shared_exponent(torch.tensor([[[0.3, -7.0]], [[0.0, 0.0]]]), 6.0)
-    tensor([[1.0000e+00],
-            [5.8775e-39]], dtype=torch.float8_e8m0fnu)
+    >>> shared_exponent(torch.tensor([[[0.3, -7.0]], [[0.0, 0.0]]]), 6.0).view(torch.uint8)
+    tensor([[127],
+            [  0]], dtype=torch.uint8)
     """
     largest = blocks.abs().amax(dim=-1).double()
     _, exponent = torch.frexp(largest)  # of a mantissa in [0.5, 1)
