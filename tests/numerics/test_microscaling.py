@@ -131,3 +131,14 @@ def test_a_weight_is_stored_as_codes_and_a_byte_for_each_block(name):
     scale, codes = encoded(weight, name)
     assert torch.equal(q.scale.view(torch.uint8), scale)
     assert torch.equal(q.codes.view(torch.uint8), codes)
+
+
+@each
+def test_zeros_are_zeros_where_subnormal_numbers_are_flushed(name):
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot")
+    try:
+        q = quantize(torch.zeros(1, 32), name, group_size=32, scale_dtype="float8_e8m0fnu")
+        assert bool((q.codes.float() == 0).all())
+    finally:
+        torch.set_flush_denormal(False)

@@ -35,6 +35,7 @@ def grid_codes(blocks: Tensor, scale: Tensor, zero_point: Tensor | None, fmt: Fo
         return codebook.codebook_codes(blocks, scale, fmt)
     assert fmt.dtype is not None
     normalised = blocks.float() / scale.unsqueeze(-1).float()
+    normalised.nan_to_num_(nan=0.0)  # 0 / 0: of zeros, where subnormal scales are flushed to 0
     return normalised.clamp_(-fmt.real_max, fmt.real_max).to(fmt.dtype)
 
 
