@@ -23,7 +23,9 @@ def codebook_codes(blocks: Tensor, scale: Tensor, fmt: Format) -> Tensor:
     assert fmt.levels is not None
     levels = torch.tensor(fmt.levels, dtype=torch.float32, device=blocks.device)
     if fmt.ties == "even":
-        return _float_codes(blocks.float() / scale.unsqueeze(-1).float(), levels)
+        values = blocks.float() / scale.unsqueeze(-1).float()
+        values.nan_to_num_(nan=0.0)  # 0 / 0: of zeros, where subnormal scales are flushed to 0
+        return _float_codes(values, levels)
     levels, codes = levels.sort(stable=True)
     midpoints = (levels[1:] + levels[:-1]) / 2
     normalised = blocks.float() * (1.0 / scale.unsqueeze(-1).float())
