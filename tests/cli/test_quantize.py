@@ -10,6 +10,7 @@ import pytest
 import zeropoint as zp
 from cli.conftest import Cli
 from tests.models import build
+from zeropoint.flows.data import EFFORTS
 from zeropoint.model import load as load_module
 
 MINIMUM = {
@@ -247,6 +248,21 @@ def test_a_truncated_file(cli: Cli, llama: Path, tmp_path: Path) -> None:
     assert ran.code == 2
     assert "cannot be read: Error while deserializing header" in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_effort_and_auto_say_what_they_did(
+    cli: Cli, llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    high = zp.Calibration(tokens=2048, window=64, batch_tokens=256, tune_steps=4)
+    monkeypatch.setitem(EFFORTS, "high", high)
+    options = ("--weights", "int4", "--algorithm", "auto", "--data", words, "--effort", "high")
+    ran = cli("quantize", llama, "-o", tmp_path / "out", *options, "--json", "-")
+    assert ran.code == 0, ran.err
+    assert ran.json["calibration"]["tuning"]["best_step"] >= 0
+    assert "scales tuned: 4 steps on" in ran.err and "because None" not in ran.err
+    assert "above the limit" in ran.err
+    refused = cli("quantize", llama, "-o", tmp_path / "no", "--data", words, "--effort", "hihg")
+    assert refused.code == 2 and "'hihg' is not an effort" in refused.err
 
 
 def test_calibrating_by_a_text_says_how_each_layer_fared(

@@ -65,6 +65,20 @@ def test_what_was_calibrated_is_balanced_first(folder, tmp_path):
     assert "balanced" in found.unchecked[0]
 
 
+def test_what_the_model_does_not_have_may_be_missing(tmp_path):
+    """As the position_ids of older BERTs, which transformers does not load."""
+    build("llama").save_pretrained(tmp_path / "float")
+    path = tmp_path / "float" / "model.safetensors"
+    save_file(load_file(path) | {"extra": torch.ones(3)}, path, metadata={"format": "pt"})
+    model, _ = zp.load(tmp_path / "float")
+    zp.quantize(model, "int8")
+    zp.freeze(model)
+    zp.save(model, tmp_path / "out")
+    zp.compress(tmp_path / "float", tmp_path / "carried", "int8")
+    assert zp.verify(tmp_path / "out", against=tmp_path / "float") == []
+    assert zp.verify(tmp_path / "carried", against=tmp_path / "float") == []
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_that_was_cast_on_the_way(folder, tmp_path, dtype):
     """Before its codes were chosen, or after."""

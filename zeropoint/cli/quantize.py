@@ -571,6 +571,8 @@ def _show_layers(screen: Screen, frozen: FreezeReport) -> None:
         )
     screen.line()
     screen.results.print(result)
-    others = [x for x in frozen.layers if x.algorithm != frozen.algorithm]
-    for layer in others:
-        screen.line(f"{layer.name}: {layer.algorithm}, because {layer.reason}")
+    for layer in frozen.layers:
+        if layer.reason is not None and layer.algorithm != frozen.algorithm:
+            screen.line(f"{layer.name}: {layer.algorithm}, because {layer.reason}")
+    if frozen.tuning is not None:
+        screen.line(f"scales tuned: {frozen.tuning}")
