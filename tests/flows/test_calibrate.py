@@ -429,3 +429,24 @@ def test_auto_with_one_batch_is_gptq():
         zp.freeze(model, algorithm, data=data)
         packed.append(model.model.layers[0].self_attn.q_proj.qweight.packed)
     assert torch.equal(*packed)
+
+
+def test_propagation_does_not_see_the_batches_that_are_kept_back(monkeypatch):
+    seen = []
+    update = flow.CrossObserver.update
+
+    def counted(self, original, quantized):
+        seen.append(len(quantized))
+        update(self, original, quantized)
+
+    monkeypatch.setattr(flow.CrossObserver, "update", counted)
+    data = [example_inputs(build("llama-tied"))] * 8
+    calls = {}
+    for algorithm in ("gptq", "auto"):
+        model = build("llama-tied")
+        zp.quantize(model, "int4")
+        seen.clear()
+        options = Calibration(propagate=0.5)
+        zp.freeze(model, algorithm, data=data, calibration=options)
+        calls[algorithm] = len(seen)
+    assert calls["auto"] == calls["gptq"] * 7 / 8

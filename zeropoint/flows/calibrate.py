@@ -364,7 +364,8 @@ def _statistics(
             continue
         keep = stream.keep[i]
         observers[i >= fitted_to].update(tokens_of(x, keep))
-        if cross is not None and original is not None and reference is not None:
+        kept_back = i >= fitted_to  # propagation would fit weights to these, too
+        if not (cross is None or original is None or reference is None or kept_back):
             twin = reference.get_submodule(name)
             y = capture.input_of(twin, partial(original.run, i, index, reference))
             if y is not None and y.shape == x.shape:
