@@ -413,7 +413,7 @@ def test_what_is_quantized_already_is_refused(folder, tmp_path):
     ("options", "error", "says"),
     [
         ({"weights": "int9"}, UnknownNameError, "int9"),
-        ({"algorithm": "gptq"}, RecipeError, "needs calibration data"),
+        ({"effort": "low"}, RecipeError, "uses no calibration data"),
         ({"workers": 0}, RecipeError, "workers=0"),
         ({"weights": "int4", "group_size": 48}, GroupSizeError, "48"),
         (

@@ -247,17 +247,26 @@ def quantize(
         "recipe": rules,
         "strict": strict,
     }
-    streams = texts is None and rest is None
+    streams = budget is None and observer is None and rest is None and not options.tune_steps
     if fresh and not streams:
         raise RecipeError(
-            "--fresh starts over what an interrupted run left, and runs with calibration, a budget "
-            "or another --dtype leave nothing; leave it out"
+            "--fresh starts over what an interrupted run left, and runs with a budget, --observer, "
+            "--effort high or another --dtype leave nothing; leave it out"
         )
     events = Events(json_events, screen)
     with events.running(model=model, output=str(output), algorithm=algorithm):
         if streams:
             done = _streamed(
-                screen, events, model, output, how, algorithm, overwrite=overwrite, fresh=fresh
+                screen,
+                events,
+                model,
+                output,
+                how,
+                algorithm,
+                texts,
+                options,
+                overwrite=overwrite,
+                fresh=fresh,
             )
         else:
             done = _in_memory(
@@ -338,23 +347,29 @@ def _streamed(
     output: Path,
     how: dict[str, Any],
     algorithm: str,
+    texts: str | list[str] | None,
+    options: Calibration,
     *,
     overwrite: bool,
     fresh: bool,
 ) -> _Done:
-    """Weight by weight: from files to files, or where that cannot be, by way of memory."""
+    """Weight by weight, or block by block: from files to files, or where that cannot be, by way of
+    memory.
+    """
     import zeropoint as zp
     from zeropoint.errors import StreamError
-    from zeropoint.flows.log import logged
     from zeropoint.flows.report import data_free
 
+    calibrated = texts is not None
     try:
-        with events.progress("quantizing (MB)") as on_step:
+        with events.progress("quantizing" if calibrated else "quantizing (MB)") as on_step:
             report = zp.compress(
                 model,
                 output,
                 **how,
                 algorithm=algorithm,
+                data=texts,
+                calibration=options if calibrated else None,
                 overwrite=overwrite,
                 fresh=fresh,
                 on_step=on_step,
@@ -364,20 +379,35 @@ def _streamed(
         screen.warn("what is done is kept; the same command goes on with it")
         raise
     except StreamError as e:
-        screen.warn(f"the quantized model is held in memory until it is written: {e}")
-        with logged(Path(os.path.abspath(output)), f"{model} by {algorithm}"):
-            with events.spinner(f"loading {model}"):
-                report = zp.plan(model, **{k: v for k, v in how.items() if k != "strict"}).report
-                loaded, tokenizer = zp.load(model, **how, algorithm=algorithm)
-            with events.spinner(f"writing {output}"):
-                zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
+        screen.warn(f"the whole model is held in memory: {e}")
+        if calibrated:
+            return _in_memory(
+                events, model, output, how, algorithm, None, None, texts, options, overwrite, {}
+            )
+        report = _loaded_quantized(events, model, output, how, algorithm, overwrite)
     return _Done(
         report=report,
-        frozen=data_free(report, algorithm),
+        frozen=report.calibration or data_free(report, algorithm),
         inputs=NO_RANGES,
         total_bytes=report.bytes_after,
         bits_per_weight=report.bits_per_weight,
     )
+
+
+def _loaded_quantized(
+    events: Events, model: str, output: Path, how: dict[str, Any], algorithm: str, overwrite: bool
+) -> Report:
+    """Quantized while it is loaded: only the quantized model is held in memory."""
+    import zeropoint as zp
+    from zeropoint.flows.log import logged
+
+    with logged(Path(os.path.abspath(output)), f"{model} by {algorithm}"):
+        with events.spinner(f"loading {model}"):
+            report = zp.plan(model, **{k: v for k, v in how.items() if k != "strict"}).report
+            loaded, tokenizer = zp.load(model, **how, algorithm=algorithm)
+        with events.spinner(f"writing {output}"):
+            zp.save(loaded, output, tokenizer=tokenizer, overwrite=overwrite)
+    return report
 
 
 def _in_memory(

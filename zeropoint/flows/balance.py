@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ def balance_block(
     index: int,
     stream: Stream,
     groups: list[list[nn.Module]],
-    known: list[graph.Fold],
+    known: Sequence[graph.Fold],
     dtypes: dict[str, torch.dtype],
     *,
     may_change: Callable[[nn.Module], bool],
@@ -49,7 +49,7 @@ def balance_block(
         for f in known
     )
     if alike and graph.hold(block, known, run, seed=seed):
-        folds = known
+        folds = list(known)
     else:
         folds = graph.find_folds(block, groups, run, may_change, seed=seed)
     folds = [f for f in folds if any(helped(m) for m in mine[f.consumers])]

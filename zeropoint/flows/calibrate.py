@@ -6,7 +6,8 @@ quantized already, make of the calibration data.
 Inside a block the layers go in the order in which they run; those that read one tensor share its
 Hessian. A forward pass ends where the layer of interest begins, so this costs little more than one
 pass. In memory at any time: one block, the hidden states between two blocks, one Hessian (a copy
-of the block and a second stream of hidden states when errors are propagated).
+of the block and a second stream of hidden states when errors are propagated). Where the other
+blocks are meanwhile is a `Residence`'s business.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,13 +44,50 @@ from zeropoint.qtensor import QTensor
 KEPT_BACK = 1 / 8  # of the batches, where an algorithm judges codes by inputs it has not seen
 
 
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What is known of a block whose weights have their codes, beside these. layers: a report for
+    each. folds: the edges it was balanced over. weights: the codes by name inside the block, of a
+    block that an earlier run passed; the block's other values are there as they were stored.
+    """
+
+    layers: Sequence[LayerReport]
+    folds: Sequence[graph.Fold]
+    weights: Mapping[str, QTensor] = field(default_factory=dict)
+
+
+class Residence:
+    """Where the blocks of a model are while they are not worked on. This one: in memory."""
+
+    def begin(self, blocks: Sequence[nn.Module]) -> None:
+        """These are the blocks of all chains of the model. What is in none of them is wanted all
+        the time.
+        """
+
+    def hold_all(self, why: str) -> None:
+        """All blocks are wanted at the same time. why: for the user."""
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While this lasts the whole model can be run."""
+        yield
+
+    def enter(self, block: nn.Module) -> Passed | None:
+        """Let the block have its values. In place. Returns what an earlier run made of it."""
+        return None
+
+    def leave(self, block: nn.Module, passed: Passed) -> None:
+        """The block is frozen and will be wanted no more, but to run. In place."""
+
+
 @dataclass
 class _Work:
     """The model while it is being quantized: its live modules swapped for float ones.
 
     live: float stand-in -> the live module and its names. tie: stand-ins of one number share a
-    weight. layers: what was done so far. chosen: by number, the module that holds the codes.
-    shared: ids of parameters that several modules use.
+    weight. layers: what was done so far. chosen: by number, the module that holds the codes, and
+    these while it does not yet.
+    shared: modules a parameter of which others use, too.
     """
 
     model: nn.Module
@@ -56,16 +95,17 @@ class _Work:
     options: Calibration
     prepared: Prepared
     on_step: OnStep
+    residence: Residence
     live: dict[nn.Module, tuple[QModule, tuple[str, ...]]] = field(default_factory=dict)
     tie: dict[nn.Module, int] = field(default_factory=dict)
     layers: dict[str, LayerReport] = field(default_factory=dict)
-    chosen: dict[int, tuple[QModule, QTensor]] = field(default_factory=dict)
-    shared: set[int] = field(default_factory=set)
+    chosen: dict[int, tuple[QModule, QTensor | None]] = field(default_factory=dict)
+    shared: set[nn.Module] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
     def report(self, module: nn.Module, choice: Choice, tokens: int, folded: str | None) -> None:
         name = self.live[module][1][0]
-        self.layers[name] = LayerReport(
+        layer = LayerReport(
             name=name,
             algorithm=choice.algorithm,
             reason=choice.reason,
@@ -77,7 +117,16 @@ class _Work:
             tokens=tokens,
             folded_into=folded,
         )
-        self.on_step(name, len(self.layers), len(self.live))
+        self.note(layer)
+
+    def codes(self, module: nn.Module) -> QTensor:
+        """Those chosen for a stand-in's weight."""
+        owner, codes = self.chosen[self.tie[module]]
+        return owner.qweight if codes is None else codes
+
+    def note(self, layer: LayerReport) -> None:
+        self.layers[layer.name] = layer
+        self.on_step(layer.name, len(self.layers), len(self.live))
 
 
 @torch.no_grad()
@@ -87,30 +136,42 @@ def calibrate(
     options: Calibration,
     prepare: Callable[[], Prepared],
     on_step: OnStep,
+    residence: Residence | None = None,
 ) -> tuple[list[LayerReport], Prepared, list[str]]:
     """Freeze all live modules of a model by an algorithm that needs Hessians. In place.
 
-    prepare: makes the batches; called when the model computes with its float weights. A call that
-    fails leaves frozen what is frozen and live what is not, with the weights it had.
+    prepare: makes the batches; called when the model computes with its float weights. residence:
+    of blocks that are not in memory all the time. A call that fails leaves frozen what is frozen
+    and live what is not, with the weights it had.
     Returns a report for each live module, the data used, and warnings.
     """
     training = [(m, m.training) for m in model.modules()]
     model.eval()
-    work = _Work(model, algorithm, options, Prepared(batches=[], tokens=0, source=""), on_step)
+    none = Prepared(batches=[], tokens=0, source="")
+    work = _Work(model, algorithm, options, none, on_step, residence or Residence())
     try:
         _swap_in_floats(work)
+        looked_up = {work.tie[m] for m, (live, _) in work.live.items() if live.role == "embedding"}
+        wanted = {m for m in work.live if work.tie[m] not in looked_up}
+        chains = {
+            name: [model.get_submodule(n) for n in names]
+            for name, names in capture.chains(model, wanted).items()
+        }
+        work.residence.begin([block for blocks in chains.values() for block in blocks])
         work.prepared = prepare()
         work.warnings += work.prepared.warnings
         _embeddings(work)
-        wanted = {m for m in work.live if work.tie[m] not in work.chosen}
-        for name, names in capture.chains(model, wanted).items():
-            blocks = [model.get_submodule(n) for n in names]
-            stream = capture.enter(model, blocks, work.prepared.batches)
+        for name, blocks in chains.items():
+            with work.residence.whole():
+                stream = capture.enter(model, blocks, work.prepared.batches)
             if isinstance(stream, str):
-                work.warnings.append(f"{name} is not run block by block: {stream}")
+                problem = f"{name} is not run block by block: {stream}"
+                work.residence.hold_all(problem)
+                work.warnings.append(problem)
             else:
                 _chain(work, blocks, stream)
-        _rest(work)
+        with work.residence.whole():
+            _rest(work)
     finally:
         for live, own_names in work.live.values():
             if not live.frozen:
@@ -129,21 +190,24 @@ def _swap_in_floats(work: _Work) -> None:
             parameter = id(module._parameters["weight"])
             work.tie[stand_in] = numbers.setdefault(parameter, len(numbers))
             replace_module(work.model, names, stand_in)
-    users = Counter(
-        id(p) for m in work.model.modules() for p in m._parameters.values() if p is not None
-    )
-    work.shared = {parameter for parameter, count in users.items() if count > 1}
+    own = {
+        m: [id(p) for p in m._parameters.values() if p is not None] for m in work.model.modules()
+    }
+    users = Counter(p for parameters in own.values() for p in parameters)
+    work.shared = {m for m, parameters in own.items() if any(users[p] > 1 for p in parameters)}
 
 
 def _install(work: _Work, module: nn.Module) -> None:
     """Put the live module back in the place of its stand-in, frozen with the codes chosen."""
     live, names = work.live[module]
-    owner, qweight = work.chosen[work.tie[module]]
-    if owner.frozen:
+    owner, codes = work.chosen[work.tie[module]]
+    if codes is None:
         live.freeze_tied(owner)
     else:
-        live.freeze(qweight)
+        live.freeze(codes)
+        work.chosen[work.tie[module]] = (live, None)
     replace_module(work.model, names, live)
+    module._parameters.clear()  # the image: `work` still knows the stand-in
 
 
 def _choose(
@@ -202,13 +266,13 @@ def _embeddings(work: _Work) -> None:
                 raise type(e)(f"{names[0]}.weight: {e}") from e
             work.chosen[number] = (live, qweight)
             reason = "an embedding is looked up, not multiplied: no inputs to calibrate by"
-        choice = Choice(weight=work.chosen[number][1], algorithm="mse", reason=reason)
+        choice = Choice(weight=work.codes(module), algorithm="mse", reason=reason)
         work.report(module, choice, 0, None)
         _install(work, module)
     for module, (live, _) in work.live.items():
         if live.role != "embedding" and not _pending(work, module):
             choice = Choice(
-                weight=work.chosen[work.tie[module]][1],
+                weight=work.codes(module),
                 algorithm="mse",
                 reason="tied to an embedding, which is looked up, not multiplied",
             )
@@ -227,20 +291,41 @@ def _chain(work: _Work, blocks: list[nn.Module], stream: Stream) -> None:
     original: Stream | None = None
     if work.options.propagate:
         original = Stream(list(stream.hidden), stream.calls, stream.keep)
-    folds: list[graph.Fold] = []
+    folds: Sequence[graph.Fold] = []
     busy = [any(m in work.live and _pending(work, m) for m in b.modules()) for b in blocks]
     while busy and not busy[-1]:
         busy.pop()  # nothing behind the last layer to quantize needs to run
     for index, block in enumerate(blocks[: len(busy)]):
+        earlier = work.residence.enter(block)
         kept = {k: t.dtype for k, t in (*block.named_parameters(), *block.named_buffers())}
         block.float()
         try:
-            if busy[index]:
-                folds = _block(work, block, index, stream, original, folds, kept)
+            if earlier is not None:
+                passed = _again(work, block, index, stream, earlier)
+            elif busy[index]:
+                passed = _block(work, block, index, stream, original, folds, kept)
             else:
-                _pass(block, index, stream, original)
+                passed = _pass(block, index, stream, original)
         finally:
             _narrow(block, kept)
+        folds = passed.folds or folds
+        work.residence.leave(block, passed)
+
+
+def _again(work: _Work, block: nn.Module, index: int, stream: Stream, earlier: Passed) -> Passed:
+    """Move the stream behind a block that an earlier run has quantized. In place."""
+    modules = {n: m for n, m in block.named_modules() if m in work.live}
+    for name, module in modules.items():
+        if name in earlier.weights:
+            work.chosen[work.tie[module]] = (work.live[module][0], earlier.weights[name])
+    for module in modules.values():
+        _use_image(module, work.codes(module))
+    capture.advance(stream, index, block)
+    for layer in earlier.layers:
+        work.note(layer)
+    for module in modules.values():
+        _install(work, module)
+    return earlier
 
 
 def _block(
@@ -249,17 +334,18 @@ def _block(
     index: int,
     stream: Stream,
     original: Stream | None,
-    known: list[graph.Fold],
+    known: Sequence[graph.Fold],
     dtypes: dict[str, torch.dtype],
-) -> list[graph.Fold]:
+) -> Passed:
     """Quantize one block and move the stream behind it. In place.
 
-    known: edges of the block before. Returns this one's.
+    known: edges of the block before.
     """
+    before = len(work.layers)
     names = {m: n for n, m in block.named_modules()}
     for module in block.modules():
         if module in work.live and not _pending(work, module):  # tied to an earlier layer
-            _use_image(module, work.chosen[work.tie[module]][1])
+            _use_image(module, work.codes(module))
     example = stream.hidden[0][:1]
     groups = capture.sharing(block, lambda: one_example(stream, index).run(block, example))
     targets = [m for g in groups for m in g if m in work.live and _pending(work, m)]
@@ -297,6 +383,7 @@ def _block(
                 work.chosen[work.tie[module]] = (work.live[module][0], choice.weight)
                 _use_image(module, choice.weight)
                 work.report(module, choice, tokens, folded.get(names[module]))
+    _round_kept(work, block, dtypes)
     capture.advance(stream, index, block)
     if original is not None and reference is not None:
         capture.advance(original, index, reference)
@@ -304,20 +391,21 @@ def _block(
         if module in work.live:
             _report_tied(work, module)
             _install(work, module)
-    return folds
+    return Passed(layers=list(work.layers.values())[before:], folds=folds)
 
 
-def _pass(block: nn.Module, index: int, stream: Stream, original: Stream | None) -> None:
+def _pass(block: nn.Module, index: int, stream: Stream, original: Stream | None) -> Passed:
     """Move the streams behind a block in which nothing is to be done."""
     for one in (stream, original):
         if one is not None:
             capture.advance(one, index, block)
+    return Passed(layers=(), folds=())
 
 
 def _may_change(work: _Work, module: nn.Module) -> bool:
     """Only what will be quantized anyway changes, and nothing that is also used elsewhere."""
     known = (module in work.live and _pending(work, module)) or graph.is_norm(module)
-    return known and not any(id(p) in work.shared for p in module.parameters(recurse=False))
+    return known and module not in work.shared
 
 
 def _pending(work: _Work, module: nn.Module) -> bool:
@@ -399,6 +487,16 @@ def _widen(stream: Stream) -> None:
             calls[i] = cache[id(call)]
 
 
+def _round_kept(work: _Work, block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Round what is not quantized, and may have been balanced, to what will be stored: the next
+    block is to see what it will see. In place.
+    """
+    images = {f"{name}.weight" for name, module in block.named_modules() if module in work.live}
+    for name, parameter in block.named_parameters():
+        if name not in images and parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name]).to(parameter.dtype)
+
+
 def _narrow(block: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     """Give parameters and buffers of the block the dtype they had. In place."""
     for module_name, module in block.named_modules():
@@ -458,8 +556,8 @@ def _report_tied(work: _Work, module: nn.Module) -> None:
     name = work.live[module][1][0]
     if name in work.layers:
         return
-    owner, qweight = work.chosen[work.tie[module]]
+    owner, _ = work.chosen[work.tie[module]]
     owner_name = next(names[0] for live, names in work.live.values() if live is owner)
     found = work.layers[owner_name].algorithm
-    choice = Choice(weight=qweight, algorithm=found, reason=f"tied to {owner_name}")
+    choice = Choice(weight=work.codes(module), algorithm=found, reason=f"tied to {owner_name}")
     work.report(module, choice, 0, None)

@@ -110,10 +110,9 @@ def prepare(
 
     Raises TextError: no tokenizer, nothing usable in it, or a model that cannot write.
     """
-    window = min(options.window, context_length(model) or options.window)
-    if data is None or (isinstance(data, str) and data == SELF):
-        ids = write(model, options, window, on_step)
-        return _from_windows(model, list(ids), options, window, "text the model wrote itself")
+    if data is None or is_self(data):
+        return of_written(model, write(model, options, on_step), options)
+    window = _window(model, options)
     own = getattr(model, "config", None) is None  # what its tensors mean is its own business
     if isinstance(data, Tensor) and own:
         return _from_batches(model, [data])
@@ -137,8 +136,23 @@ def prepare(
     )
 
 
+def is_self(data: Data) -> bool:
+    """Whether the model is to write the data itself."""
+    return isinstance(data, str) and data == SELF
+
+
+def of_written(model: nn.Module, ids: Tensor, options: Calibration) -> Prepared:
+    """Batches of what `write` returned."""
+    window = _window(model, options)
+    return _from_windows(model, list(ids), options, window, "text the model wrote itself")
+
+
+def _window(model: nn.Module, options: Calibration) -> int:
+    return min(options.window, context_length(model) or options.window)
+
+
 @torch.no_grad()
-def write(model: Any, options: Calibration, window: int, on_step: OnStep) -> Tensor:
+def write(model: Any, options: Calibration, on_step: OnStep) -> Tensor:
     """Text that the model writes after one random token. Returns (windows, window) int.
 
     The same for the same seed. Raises TextError for a model that does not write.
@@ -148,6 +162,7 @@ def write(model: Any, options: Calibration, window: int, on_step: OnStep) -> Ten
             f"a {type(model).__name__} cannot write its own calibration text; give data=[texts] "
             "with tokenizer=, or batches"
         )
+    window = _window(model, options)
     count = max(1, options.tokens // window)
     device = _device(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -178,7 +193,8 @@ def _is_ids(value: Tensor) -> bool:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(t.device for t in (*model.parameters(), *model.buffers()))
+    devices = [t.device for t in (*model.parameters(), *model.buffers())]
+    return next((d for d in devices if d.type != "meta"), torch.device("cpu"))
 
 
 def _from_texts(

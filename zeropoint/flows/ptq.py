@@ -142,6 +142,12 @@ def quantize(
             )
         use = calibration or Calibration(tokens=SCORE_TOKENS)
         plan = _budgeted(model, budget, formats, exclude, data, tokenizer, use, strict, on_step)
+    go_live(model, plan)
+    return plan.report
+
+
+def go_live(model: nn.Module, plan: Planned) -> None:
+    """Put live modules where the plan wants them. In place."""
     owners: dict[int, QModule] = {}
     for site, scheme in plan.schemes.items():
         quantized = quantized_type(site.module)
@@ -152,7 +158,6 @@ def quantize(
             live.learn_scale(owner if owner is not live else _start(live))
         replace_module(model, site.names, live)
     remember_recipe(model, plan.report.recipe)
-    return plan.report
 
 
 def _check_values(plan: Planned) -> None:
@@ -310,13 +315,8 @@ def freeze(
             f"{learned} has learned its grid, and algorithm={algorithm!r} would choose another; "
             "use algorithm='rtn', or quantize without learned_scale"
         )
-    if chosen.needs == "nothing":
-        if not (data is None and calibration is None and effort is None):
-            known = [a.name for a in ALGORITHMS.values() if a.needs != "nothing"]
-            raise RecipeError(
-                f"algorithm={algorithm!r} uses no calibration data; leave data, effort and "
-                f"calibration out, or use {' or '.join(repr(n) for n in known)}"
-            )
+    options = calibration_of(chosen, data, effort, calibration)
+    if options is None:
         report = FreezeReport(algorithm=algorithm, layers=_freeze_each(live, chosen, on_step))
         one_way = len(live) == len(modules) and learned is None
         remember_algorithm(model, algorithm if one_way else None)
@@ -327,9 +327,6 @@ def freeze(
             f"{static[0]} has a static range, and algorithm={algorithm!r} changes what its inputs "
             "are; freeze first, then run the model inside `with zp.calibrate(model):`"
         )
-    if effort is not None and calibration is not None:
-        raise RecipeError(f"effort={effort!r} stands for a calibration; give one of the two")
-    options = calibration or of_effort(effort or "medium")
     teacher = float_copy(model) if options.tune_steps else None
     layers, prepared, warnings = calibrate(
         model,
@@ -353,6 +350,25 @@ def freeze(
         tuning=tuning,
         warnings=tuple(warnings),
     )
+
+
+def calibration_of(
+    algorithm: Algorithm, data: Data | None, effort: str | None, calibration: Calibration | None
+) -> Calibration | None:
+    """How an algorithm is to be calibrated, None for one that is not. Raises RecipeError where the
+    arguments of `freeze` contradict it or each other.
+    """
+    if algorithm.needs == "nothing":
+        if not (data is None and calibration is None and effort is None):
+            known = [a.name for a in ALGORITHMS.values() if a.needs != "nothing"]
+            raise RecipeError(
+                f"algorithm={algorithm.name!r} uses no calibration data; leave data, effort and "
+                f"calibration out, or use {' or '.join(repr(n) for n in known)}"
+            )
+        return None
+    if effort is not None and calibration is not None:
+        raise RecipeError(f"effort={effort!r} stands for a calibration; give one of the two")
+    return calibration or of_effort(effort or "medium")
 
 
 def _freeze_each(

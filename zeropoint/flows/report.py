@@ -152,6 +152,7 @@ class Report:
     running the model, both with codes on the grid of least squared error (algorithm "mse").
     predicted_error, measured_error: instead of these for a model without logits, the relative
     squared error of its answers.
+    calibration: of `zp.compress` with data, how the codes were found.
     """
 
     modules: tuple[ModuleReport, ...]
@@ -166,6 +167,7 @@ class Report:
     measured_kl: float | None = None
     predicted_error: float | None = None
     measured_error: float | None = None
+    calibration: FreezeReport | None = None
 
     @property
     def kept(self) -> tuple[ModuleReport, ...]:
@@ -190,6 +192,7 @@ class Report:
         """Plain data, as the command line's JSON has it."""
         data = asdict(self) | {"recipe": self.recipe.to_dict(), "warnings": list(self.warnings)}
         data["modules"] = [asdict(m) for m in self.modules]
+        data["calibration"] = self.calibration and self.calibration.to_dict()
         return data
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@ the size of the model, and a run that was interrupted goes on where it ended.
 
     headers --planned--> the output's files, laid out --each weight: read, quantize, write--> verify
 
+An algorithm that calibrates works block by block instead (`blocks`), before the rest is written.
 Everything is written into a folder beside the output, which takes its place at the end.
 """
 
@@ -37,8 +38,10 @@ from zeropoint.errors import (
     StreamError,
     ZeropointError,
 )
+from zeropoint.flows.blocks import Calibrated
+from zeropoint.flows.data import Calibration, Data
 from zeropoint.flows.log import logged, working_folder
-from zeropoint.flows.ptq import Patterns, dtype_name, planned
+from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name, go_live, planned
 from zeropoint.flows.report import Report
 from zeropoint.model.load import float_skeleton, install, model_names
 from zeropoint.model.pages import drop_pages
@@ -73,6 +76,10 @@ def compress(
     recipe: Recipe | None = None,
     strict: bool = True,
     algorithm: str = "rtn",
+    data: Data | None = None,
+    tokenizer: Any = None,
+    effort: str | None = None,
+    calibration: Calibration | None = None,
     task: str | None = None,
     overwrite: bool = False,
     fresh: bool = False,
@@ -83,17 +90,23 @@ def compress(
     """Quantize a checkpoint that may be larger than memory into another one.
 
     source: a folder of safetensors, or a hub id. out: the folder to write. weights to strict: as
-    `zp.quantize` takes them. algorithm: "rtn", "mse" or "hqq". task: as `zp.load` takes it.
+    `zp.quantize` takes them. algorithm, data, effort, calibration: as `zp.freeze` takes them;
+    tokenizer: for texts, that of the source when it is left out. task: as `zp.load` takes it.
     overwrite: replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized
     and written at the same time. on_unit: called for every weight and tensor that is finished.
+
+    An algorithm that calibrates has one block of the model in memory at a time, and what is in no
+    block: embeddings and heads; but all of it while it writes its own text (data="self", which is
+    also the default). Codes are those of `zp.freeze`; the report has its report as `calibration`.
 
     A run that ended early left what it had done beside `out`, and the same call goes on with it;
     the result is the same, byte by byte. fresh: start over instead. Files of the source that hold
     no weights are copied, tensors that the model does not have are carried over as they are. The
     result is read again and verified before it takes its place.
-    Raises StreamError (a .gguf file, or a checkpoint whose tensors transformers merges or casts
-    while it loads them: use zp.load(source, weights=...) and zp.save), SourceError,
-    CheckpointError, and what `zp.quantize` raises.
+    Raises StreamError (a .gguf file, a checkpoint whose tensors transformers merges or casts while
+    it loads them, a model that is not run block by block, effort "high" or `propagate`, which need
+    the whole model: use zp.load(source, weights=...) and zp.save), SourceError, CheckpointError,
+    and what `zp.quantize` and `zp.freeze` raise.
     """
     options = {
         "weights": weights,
@@ -108,25 +121,35 @@ def compress(
         "exclude": exclude,
     }
     chosen = get_algorithm(algorithm)
-    if chosen.needs != "nothing":
-        raise RecipeError(
-            f"algorithm={algorithm!r} needs calibration data and a model that runs; load it, then "
-            f"zp.quantize and zp.freeze(model, {algorithm!r}, data=...)"
-        )
+    how = calibration_of(chosen, data, effort, calibration)
     if workers < 1:
         raise RecipeError(f"workers={workers}: there must be at least 1")
     out = Path(os.path.abspath(out))
     check_writable(out, lambda existing: native.why_not_replace(existing, overwrite))
-    job = prepare(local_folder(resolve(source)), options, recipe=recipe, strict=strict, task=task)
+    folder = local_folder(resolve(source))
+    job = prepare(folder, options, recipe=recipe, strict=strict, task=task)
     job = replace(job, contents=replace(job.contents, algorithm=chosen.name))
+    calibrated = None
+    if how is not None:
+        model = live_model(folder, options, recipe=recipe, strict=strict, task=task)
+        calibrated = Calibrated(model, chosen, how, data, tokenizer, folder, task)
     with logged(out, f"{job.folder} to {out} by {algorithm}") as log:
 
         def finished(unit: Unit) -> None:
             log.unit(unit)
             on_unit(unit)
 
-        _run(job, chosen, out, fresh=fresh, workers=workers, on_step=on_step, on_unit=finished)
-    return job.report
+        _run(
+            job,
+            chosen,
+            out,
+            calibrated,
+            fresh=fresh,
+            workers=workers,
+            on_step=log.steps(on_step) if calibrated else on_step,
+            on_unit=finished,
+        )
+    return job.report if calibrated is None else replace(job.report, calibration=calibrated.report)
 
 
 # --- what is to be done ---
@@ -203,8 +226,7 @@ def outline(
     tensor is read. skeleton: the float model on the meta device, which becomes the quantized one;
     not when StreamError is raised.
     """
-    names = model_names(skeleton, stored, skeleton.state_dict().keys())
-    files = _Files(where, stored, names)
+    files = _Files(where, stored, model_names(skeleton, stored, skeleton.state_dict().keys()))
     if isinstance(where, Path):
         _untie(skeleton, files)
     contents, report, transposed = without_values(
@@ -253,6 +275,24 @@ def without_values(
     transposed = _freeze_without_values(Path(where), skeleton, plan.schemes)
     remember_recipe(skeleton, plan.report.recipe)
     return contents_of(skeleton), plan.report, transposed
+
+
+def live_model(
+    folder: Path,
+    options: Mapping[str, Any],
+    *,
+    recipe: Recipe | None,
+    strict: bool,
+    task: str | None,
+) -> nn.Module:
+    """The model that `prepare` outlines the result of: live, its parameters on the meta device."""
+    stored = read_headers(folder)
+    model = float_skeleton(folder, task)
+    _untie(model, _Files(folder, stored, model_names(model, stored, model.state_dict().keys())))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(_dtype(model, stored))
+    go_live(model, planned(model, options, recipe=recipe, strict=strict))
+    return model
 
 
 def _dtype(skeleton: Any, stored: Mapping[str, Stored]) -> torch.dtype:
@@ -351,6 +391,7 @@ def _run(
     job: Job,
     algorithm: Algorithm,
     out: Path,
+    calibrated: Calibrated | None,
     *,
     fresh: bool,
     workers: int,
@@ -360,7 +401,8 @@ def _run(
     working = working_folder(out)
     written = working / "checkpoint"
     try:
-        journal = Journal(working / JOURNAL, _identity(job, algorithm), fresh=fresh)
+        identity = _identity(job, algorithm) | (calibrated.identity if calibrated else {})
+        journal = Journal(working / JOURNAL, identity, fresh=fresh)
     except OSError as e:
         raise CheckpointError(f"{out} cannot be written: {e}") from e
     try:
@@ -368,7 +410,9 @@ def _run(
             shutil.rmtree(written, ignore_errors=True)
         written.mkdir(exist_ok=True)
         _keep_only_tensors(written)
-        hashes = _write_tensors(job, algorithm, written, journal, workers, on_step, on_unit)
+        hashes = _write_tensors(
+            job, algorithm, calibrated, written, journal, workers, on_step, on_unit
+        )
         _copy_files(job.folder, written)
         native.write_config(written, job.contents)
         native.write_manifest(written, job.contents, hashes)
@@ -384,6 +428,8 @@ def _run(
     finally:
         journal.close()
     shutil.rmtree(written, ignore_errors=True)  # what `out` was before
+    if calibrated is not None:
+        calibrated.forget(working)
     (working / JOURNAL).unlink()
 
 
@@ -411,6 +457,7 @@ def _identity(job: Job, algorithm: Algorithm) -> dict[str, Any]:
 def _write_tensors(
     job: Job,
     algorithm: Algorithm,
+    calibrated: Calibrated | None,
     folder: Path,
     journal: Journal,
     workers: int,
@@ -447,6 +494,10 @@ def _write_tensors(
                 if not missing[file] and file not in hashes:
                     hashes[file] = hasher.submit(_read_again, folder / file, shard, journal)
 
+        if calibrated is not None:  # all weights have their codes then; the rest is as it was read
+            calibrated.run(
+                job.sources, job.contents, homes, journal, folder.parent, on_step, on_unit
+            )
         units = {name: work(name) for name in (*job.contents.qweights, *job.contents.tensors)}
         _in_threads(units, finished, job, workers, on_step)
         on_step("hashing and verifying", 1, 1)

@@ -12,7 +12,7 @@ like an edge (keys and queries behind a softmax, a gate behind a SiLU) is not ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,13 +107,13 @@ def find_folds(
 
 
 @torch.no_grad()
-def hold(block: nn.Module, folds: list[Fold], run: Run, *, seed: int = 0) -> bool:
+def hold(block: nn.Module, folds: Sequence[Fold], run: Run, *, seed: int = 0) -> bool:
     """Whether edges found in another block are edges of this one: all of them verified at once."""
     return _holds(block, folds, run, run(), seed)
 
 
 def _holds(
-    block: nn.Module, folds: list[Fold], run: Run, expected: tuple[Tensor, Tensor], seed: int
+    block: nn.Module, folds: Sequence[Fold], run: Run, expected: tuple[Tensor, Tensor], seed: int
 ) -> bool:
     before, after = expected
     generator = torch.Generator().manual_seed(seed)
@@ -219,7 +219,7 @@ def _channel_maps(rows: int, columns: int, block: nn.Module) -> Iterator[Tensor]
 
 
 @contextmanager
-def _restored(block: nn.Module, folds: list[Fold]) -> Iterator[None]:
+def _restored(block: nn.Module, folds: Sequence[Fold]) -> Iterator[None]:
     """Put back the very bits of what `apply` changes."""
     changed = dict.fromkeys(n for f in folds for n in (f.producer, *f.consumers))
     parameters = [p for n in changed for p in block.get_submodule(n).parameters(recurse=False)]
