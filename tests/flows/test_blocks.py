@@ -119,6 +119,28 @@ def test_one_block_is_in_memory_at_a_time(folder, tmp_path, monkeypatch):
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize(
+    "where",
+    [{"offload": True}, {"max_memory": "9KB"}, {"offload": True, "max_memory": 5000}],
+    ids=str,
+)
+def test_hidden_states_in_files_make_no_difference(folder, tmp_path, monkeypatch, where):
+    seen = set()
+    entered = blocks.OnDisk.enter
+
+    def enter(self, block):
+        seen.update(p.parent for p in tmp_path.rglob("hidden-*.safetensors"))
+        return entered(self, block)
+
+    monkeypatch.setattr(blocks.OnDisk, "enter", enter)
+    where = where | ({"offload": tmp_path / "states"} if "offload" in where else {})
+    compress(folder, tmp_path / "out", **where)
+    expected = where.get("offload", tmp_path / ".out.unfinished" / "hidden")
+    assert seen == {expected} and not expected.exists()
+    in_memory(folder, tmp_path / "saved")
+    assert files(tmp_path / "out") == files(tmp_path / "saved")
+
+
 # --- interrupted ----------------------------------------------------------------------------------
 
 
@@ -264,8 +286,14 @@ def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
         ({"calibration": Calibration(propagate=0.5)}, StreamError, "propagate needs the whole"),
         ({"effort": "low"}, RecipeError, "give one of the two"),
         ({"data": []}, TextError, "empty"),
+        (
+            {"algorithm": "mse", "data": None, "calibration": None, "offload": "x"},
+            RecipeError,
+            "has no hidden states",
+        ),
+        ({"max_memory": "much"}, RecipeError, "much"),
     ],
-    ids=["high", "propagate", "both", "empty"],
+    ids=["high", "propagate", "both", "empty", "no states", "memory"],
 )
 def test_what_needs_the_whole_model_or_makes_no_sense(folder, tmp_path, options, error, says):
     with pytest.raises(error, match=says):

@@ -40,6 +40,7 @@ from zeropoint.scheme import Scheme
 BLOCK = 128  # columns between two matrix products; the result does not depend on it
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of mean(diag H), tried in this order
 REFIT_ELEMENTS = 1 << 18  # of the largest temporary of a refit: a megabyte stays in the cache
+REVERSE_ELEMENTS = 1 << 20  # of a large matrix that are turned round at a time
 SWEEPS = 2  # of coordinate descent, each followed by a refit of the scales
 
 
@@ -54,27 +55,46 @@ class Pivots(NamedTuple):
     damping: float
 
 
-def ldl(hessian: Tensor, damping: tuple[float, ...] = DAMPING) -> Pivots | None:
+def ldl(
+    hessian: Tensor, damping: tuple[float, ...] = DAMPING, *, order: Tensor | None = None
+) -> Pivots | None:
     """Factor H with the least damping of the ladder that works. hessian: (K, K) float64, symmetric.
 
-    One Cholesky in float64, of the matrix reversed in both axes. None when no step of the ladder
-    makes H positive definite, or H is not finite.
+    order: (K,) int, of its columns; None for as they are. One Cholesky in float64, of the matrix
+    reversed in both axes. None when no step of the ladder makes H positive definite, or H is not
+    finite.
     """
-    if not torch.isfinite(hessian).all():
+    if not torch.isfinite(torch.stack(hessian.aminmax())).all():
         return None
     mean = hessian.diagonal().mean()
     if mean <= 0:
         return None
+    if order is None:
+        order = torch.arange(len(hessian), device=hessian.device)
+    info = torch.empty((), dtype=torch.int32, device=hessian.device)
     for share in damping:
-        damped = hessian + share * mean * torch.eye(len(hessian), dtype=hessian.dtype).to(hessian)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        diagonal = lower.diagonal()
+        lower = _permuted(hessian, order.flip(0))
+        lower.diagonal().add_(share * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))  # in place: of 8192 columns it is 537 MB
+        diagonal = lower.diagonal().clone()
         # A pivot below this is rounding error of the factorization, not information.
         floor = mean * torch.finfo(hessian.dtype).eps * len(hessian)
         if int(info) == 0 and bool((diagonal.square() > floor).all()):
-            upper = (lower / diagonal).flip(0, 1)
-            return Pivots(upper.triu(1), diagonal.square().flip(0), share)
+            _reverse(lower.div_(diagonal))
+            return Pivots(lower.triu_(1), diagonal.square().flip(0), share)
     return None
+
+
+def _reverse(matrix: Tensor) -> None:
+    """flip(0, 1) of a contiguous matrix. In place."""
+    flat = matrix.view(-1)
+    size, middle = len(flat), len(flat) // 2
+    for a in range(0, middle, REVERSE_ELEMENTS):
+        b = min(a + REVERSE_ELEMENTS, middle)
+        front, back = flat[a:b], flat[size - b : size - a]
+        last = back.flip(0)
+        back.copy_(front.flip(0))
+        front.copy_(last)
 
 
 def gptq(
@@ -91,14 +111,15 @@ def gptq(
     if scheme.fmt.kind == "downcast":
         reason = f"{scheme.format} has no grid to choose: every value has one nearest code"
         return Choice(weight=start, algorithm="rtn", reason=reason)
-    h = hessian.detach().to(torch.float64)
-    h = (h + h.T) / 2
-    problem = _problem(h)
+    problem = _problem(hessian)
     if problem is not None:
         return Choice(weight=search(weight, scheme), algorithm="mse", reason=problem)
+    permutation = _order(hessian, order)
+    factors = ldl(hessian.detach().to(torch.float64), order=permutation)
+    h = hessian.detach().float()
+    h = (h + h.T).div_(2)
     rounded = measured(Choice(weight=start, algorithm="rtn"), weight, h)
     grid = search_grid(weight, scheme, h.diagonal(), start=start)
-    factors = ldl(_permuted(h, permutation := _order(h, order)))
     if factors is None:
         searched = Choice(
             weight=_stored(_codes(weight, grid, scheme), grid, weight, scheme),
@@ -108,7 +129,8 @@ def gptq(
         )
         return _least(measured(searched, weight, h), rounded)
     codes = feedback(weight, grid, scheme, factors, permutation)
-    damped = h + factors.damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype).to(h)
+    damped = h.clone()
+    damped.diagonal().add_(factors.damping * h.diagonal().mean())
     for _ in range(sweeps):
         grid = _refit(weight, codes, grid, scheme, damped)
         codes = descend(weight, codes, grid, scheme, damped, permutation)
@@ -139,7 +161,7 @@ def choose(weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:
 
 
 def _problem(h: Tensor) -> str | None:
-    if not torch.isfinite(h).all():
+    if not torch.isfinite(torch.stack(h.aminmax())).all():
         return "the Hessian has NaN or Inf: an activation is not finite"
     if not bool((h.diagonal() > 0).any()):
         return "the Hessian is zero: every calibration input is zero"
@@ -164,7 +186,7 @@ def _order(h: Tensor, by_diagonal: bool) -> Tensor:
 
 
 def _permuted(h: Tensor, permutation: Tensor) -> Tensor:
-    return h[permutation][:, permutation]
+    return h[permutation.unsqueeze(1), permutation]
 
 
 class _Columns(NamedTuple):
@@ -238,9 +260,8 @@ def descend(
     codes: (N, K); returns (N, K).
     """
     columns = _Columns.of(grid, weight.shape, permutation, scheme.fmt)
-    hp = _permuted(h.float(), permutation)
-    off = hp / hp.diagonal().unsqueeze(1)  # row k: H_ki / H_kk
-    off.fill_diagonal_(0.0)
+    off = _permuted(h.float(), permutation)
+    off.div_(off.diagonal().clone().unsqueeze(1)).fill_diagonal_(0.0)  # row k: H_ki / H_kk
     w = weight.detach().float().T[permutation].contiguous()
     error = w - _values(codes, grid, scheme).T[permutation]
     for a in range(0, len(w), BLOCK):

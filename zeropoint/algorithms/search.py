@@ -33,6 +33,9 @@ from zeropoint.numerics.affine import round_scale, round_zero_point
 from zeropoint.qtensor import QTensor, weight_in_units
 from zeropoint.scheme import Scheme
 
+LARGE_ELEMENTS = (
+    1 << 25
+)  # of weights that are taken some rows at a time, where rows are of their own
 CHUNK_ELEMENTS = 1 << 18  # a megabyte of float32: the search's temporaries stay in the cache
 REFITS = 2
 FLOAT_REFITS = 8  # of a float zero point, which takes longer to settle
@@ -56,6 +59,11 @@ def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> 
     importance: (K,) float >= 0, as E[x^2] of the inputs; None counts all columns alike.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError.
     """
+    rows_at_once = max(1, LARGE_ELEMENTS // weight.shape[-1])
+    if weight.numel() > LARGE_ELEMENTS and weight.dim() == 2 and scheme.of_some_rows == scheme:
+        return QTensor.concatenate(
+            [search(part, scheme, importance) for part in weight.split(rows_at_once)]
+        )
     fmt, plain = scheme.fmt, replace(scheme, double_quant=False)
     values, unit = weight_in_units(weight, scheme)
     start = rtn(values, plain)

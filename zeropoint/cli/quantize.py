@@ -144,6 +144,22 @@ def quantize(
         int | None,
         typer.Option(metavar="N", help="Draws the text; same seed, same codes.", show_default="0"),
     ] = None,
+    offload: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="For the hidden states of the calibration text, which are in memory otherwise.",
+            show_default=False,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="2GB ...: how much of them may be in memory.",
+            show_default="all, with --offload none",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -248,6 +264,13 @@ def quantize(
         "strict": strict,
     }
     streams = budget is None and observer is None and rest is None and not options.tune_steps
+    shelf = {"offload": offload, "max_memory": max_memory}
+    if (offload or max_memory) and (texts is None or not streams):
+        raise RecipeError(
+            "--offload and --max-memory are for the hidden states of a model that is calibrated "
+            "block by block: --algorithm gptq or auto, without --budget, --observer, --effort high "
+            "and another --dtype; leave them out"
+        )
     if fresh and not streams:
         raise RecipeError(
             "--fresh starts over what an interrupted run left, and runs with a budget, --observer, "
@@ -265,6 +288,7 @@ def quantize(
                 algorithm,
                 texts,
                 options,
+                shelf,
                 overwrite=overwrite,
                 fresh=fresh,
             )
@@ -349,6 +373,7 @@ def _streamed(
     algorithm: str,
     texts: str | list[str] | None,
     options: Calibration,
+    shelf: dict[str, Any],
     *,
     overwrite: bool,
     fresh: bool,
@@ -370,6 +395,7 @@ def _streamed(
                 algorithm=algorithm,
                 data=texts,
                 calibration=options if calibrated else None,
+                **shelf,
                 overwrite=overwrite,
                 fresh=fresh,
                 on_step=on_step,

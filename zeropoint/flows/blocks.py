@@ -45,6 +45,7 @@ from zeropoint.model.capture import Batch
 from zeropoint.model.graph import Fold
 from zeropoint.model.load import load_float, load_tokenizer
 from zeropoint.model.pages import collect, drop_pages, trim
+from zeropoint.model.shelf import Shelf
 from zeropoint.model.source import resolve
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import PART_NAMES, QModule
@@ -53,6 +54,7 @@ from zeropoint.progress import OnStep, OnUnit, Unit
 from zeropoint.qtensor import QTensor
 
 RECORDS = "blocks"  # folder beside the journal: what is known of each block beside its tensors
+HIDDEN = "hidden"  # the same, for hidden states that are not in memory
 TEXT = "text.safetensors"  # beside it: what the model has written to be calibrated by
 
 
@@ -60,7 +62,9 @@ class Calibrated:
     """The part of a run in which weights get their codes by what they see of calibration data.
 
     model: live, its parameters on the meta device. folder, task: where its weights are, and as what
-    they are loaded. identity: what has to be equal for a run to go on with another's work.
+    they are loaded. offload, memory_bytes: of hidden states, which folder they are in when they are
+    not in memory, and how much may be. identity: what has to be equal for a run to go on with
+    another's work.
     Raises StreamError for options that want the whole model, TextError for unusable data.
     """
 
@@ -73,6 +77,8 @@ class Calibrated:
         tokenizer: Any,
         folder: Path,
         task: str | None,
+        offload: Path | None,
+        memory_bytes: int | None,
     ) -> None:
         if options.tune_steps or options.propagate:
             what = 'effort "high" (tune_steps)' if options.tune_steps else "propagate"
@@ -82,6 +88,7 @@ class Calibrated:
             )
         self._model, self._algorithm, self._options = model, algorithm, options
         self._folder, self._task = folder, task
+        self._offload, self._memory_bytes = offload, memory_bytes
         self._given: Prepared | None = None
         if data is not None and not is_self(data):
             words = tokenizer or load_tokenizer(resolve(folder))
@@ -103,15 +110,22 @@ class Calibrated:
         on_unit: OnUnit,
     ) -> None:
         """Choose and write the codes of all weights, but for those that an earlier run has."""
-        residence = OnDisk(self._model, sources, contents, homes, journal, working, on_unit)
-        layers, prepared, warnings = calibrate(
-            self._model,
-            self._algorithm,
-            self._options,
-            lambda: self._given or self._written(journal, working / TEXT, on_step),
-            on_step,
-            residence,
-        )
+        shelf = None
+        if self._offload is not None or self._memory_bytes is not None:
+            shelf = Shelf(self._offload or working / HIDDEN, self._memory_bytes or 0)
+        residence = OnDisk(self._model, sources, contents, homes, journal, working, shelf, on_unit)
+        try:
+            layers, prepared, warnings = calibrate(
+                self._model,
+                self._algorithm,
+                self._options,
+                lambda: self._given or self._written(journal, working / TEXT, on_step),
+                on_step,
+                residence,
+            )
+        finally:
+            if shelf is not None:
+                shelf.clear()
         residence.finish()
         self.report = FreezeReport(
             algorithm=self._algorithm.name,
@@ -134,7 +148,8 @@ class Calibrated:
     @staticmethod
     def forget(working: Path) -> None:
         """Remove what a run that has come to its end leaves."""
-        shutil.rmtree(working / RECORDS, ignore_errors=True)
+        for folder in (RECORDS, HIDDEN):
+            shutil.rmtree(working / folder, ignore_errors=True)
         (working / TEXT).unlink(missing_ok=True)
 
 
@@ -154,7 +169,8 @@ class OnDisk(Residence):
     shards that hold `contents`' parts.
 
     model: live, its parameters on the meta device. homes: the shard of each part. folder: for the
-    records of blocks. on_unit: called for every layer that is finished.
+    records of blocks. shelf: for hidden states, None for memory. on_unit: called for every layer
+    that is finished.
     """
 
     def __init__(
@@ -165,9 +181,11 @@ class OnDisk(Residence):
         homes: Mapping[str, Shard],
         journal: Journal,
         folder: Path,
+        shelf: Shelf | None,
         on_unit: OnUnit,
     ) -> None:
         self._model = model
+        self._shelf = shelf
         self._sources = sources
         self._contents = contents
         self._parts = native.stored_tensors(contents)
@@ -198,7 +216,7 @@ class OnDisk(Residence):
             for module, (name, *_) in names.items():
                 # Embeddings, wherever they are, get their codes first of all.
                 if module not in inside or isinstance(module, nn.Embedding):
-                    self._fill(module, name)
+                    self._fill(module, name, own=False)
                 self._fill_buffers(module, name)
 
     def hold_all(self, why: str) -> None:
@@ -219,6 +237,12 @@ class OnDisk(Residence):
                 hook.remove()
             for block in tuple(self._here):  # in which the run ended
                 self._release(block)
+
+    def hidden(self) -> list[Tensor] | Shelf:
+        if self._shelf is None:
+            return []
+        self._shelf.clear()
+        return self._shelf
 
     def enter(self, block: nn.Module) -> Passed | None:
         passed = self._passed(block)
@@ -271,13 +295,15 @@ class OnDisk(Residence):
             for inner, module in block.named_modules():
                 self._fill(module, _join(self._names[block], inner))
 
-    def _fill(self, module: nn.Module, name: str) -> None:
-        """Float values for a module's own parameters. In place."""
+    def _fill(self, module: nn.Module, name: str, *, own: bool = True) -> None:
+        """Float values for a module's own parameters. In place. own: in memory of their own; else
+        those of the file where that is possible, which must not be changed then.
+        """
         for leaf, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
             full = _join(name, leaf)
-            values = self._read(full, parameter.dtype)
+            values = self._read(full, parameter.dtype, own=own)
             weight = self._contents.qweights.get(self._owner(full))
             if weight is not None:
                 try:
@@ -292,10 +318,11 @@ class OnDisk(Residence):
             if buffer is not None and self._owner(_join(name, leaf)) in self._sources:
                 module._buffers[leaf] = self._read(_join(name, leaf), buffer.dtype)
 
-    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, dtype: torch.dtype, *, own: bool = True) -> Tensor:
         mapped = self._sources[self._owner(name)].read()
-        values = mapped.to(dtype, copy=True)
-        drop_pages(mapped)
+        values = mapped.to(dtype, copy=own)
+        if values is not mapped:
+            drop_pages(mapped)
         return values
 
     def _load_kept(self, block: nn.Module) -> None:

@@ -35,6 +35,7 @@ from zeropoint.flows.report import LayerReport
 from zeropoint.model import capture, graph
 from zeropoint.model.capture import Batch, Stream, tokens_of
 from zeropoint.model.replace import replace_module
+from zeropoint.model.shelf import Shelf
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QModule
 from zeropoint.observers import CrossObserver, HessianObserver
@@ -71,6 +72,10 @@ class Residence:
     def whole(self) -> Iterator[None]:
         """While this lasts the whole model can be run."""
         yield
+
+    def hidden(self) -> list[Tensor] | Shelf:
+        """Where the hidden states of a chain go. Those of the chain before are wanted no more."""
+        return []
 
     def enter(self, block: nn.Module) -> Passed | None:
         """Let the block have its values. In place. Returns what an earlier run made of it."""
@@ -163,7 +168,8 @@ def calibrate(
         _embeddings(work)
         for name, blocks in chains.items():
             with work.residence.whole():
-                stream = capture.enter(model, blocks, work.prepared.batches)
+                hidden = work.residence.hidden()
+                stream = capture.enter(model, blocks, work.prepared.batches, hidden)
             if isinstance(stream, str):
                 problem = f"{name} is not run block by block: {stream}"
                 work.residence.hold_all(problem)
@@ -475,7 +481,8 @@ def _widen(stream: Stream) -> None:
             return tuple(widened(v) for v in value)
         return value
 
-    stream.hidden[:] = [h.float() for h in stream.hidden]
+    for i, hidden in enumerate(stream.hidden):
+        stream.hidden[i] = hidden.float()
     cache: dict[int, capture.Call] = {}
     for calls in stream.calls:
         for i, call in enumerate(calls):

@@ -39,6 +39,7 @@ from zeropoint.errors import (
     ZeropointError,
 )
 from zeropoint.flows.blocks import Calibrated
+from zeropoint.flows.budget import parse_bytes
 from zeropoint.flows.data import Calibration, Data
 from zeropoint.flows.log import logged, working_folder
 from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name, go_live, planned
@@ -80,6 +81,8 @@ def compress(
     tokenizer: Any = None,
     effort: str | None = None,
     calibration: Calibration | None = None,
+    offload: str | Path | None = None,
+    max_memory: str | float | None = None,
     task: str | None = None,
     overwrite: bool = False,
     fresh: bool = False,
@@ -98,6 +101,9 @@ def compress(
     An algorithm that calibrates has one block of the model in memory at a time, and what is in no
     block: embeddings and heads; but all of it while it writes its own text (data="self", which is
     also the default). Codes are those of `zp.freeze`; the report has its report as `calibration`.
+    The hidden states between two blocks, a vector for each token, are in memory too, or with
+    max_memory (bytes, or text like "2GB") only so much of them; the others, or with offload alone
+    all, in files in the folder `offload`, or beside the output.
 
     A run that ended early left what it had done beside `out`, and the same call goes on with it;
     the result is the same, byte by byte. fresh: start over instead. Files of the source that hold
@@ -122,6 +128,10 @@ def compress(
     }
     chosen = get_algorithm(algorithm)
     how = calibration_of(chosen, data, effort, calibration)
+    if how is None and not (offload is None and max_memory is None):
+        raise RecipeError(
+            f"algorithm={algorithm!r} has no hidden states; leave offload and max_memory out"
+        )
     if workers < 1:
         raise RecipeError(f"workers={workers}: there must be at least 1")
     out = Path(os.path.abspath(out))
@@ -132,7 +142,17 @@ def compress(
     calibrated = None
     if how is not None:
         model = live_model(folder, options, recipe=recipe, strict=strict, task=task)
-        calibrated = Calibrated(model, chosen, how, data, tokenizer, folder, task)
+        calibrated = Calibrated(
+            model,
+            chosen,
+            how,
+            data,
+            tokenizer,
+            folder,
+            task,
+            None if offload is None else Path(offload),
+            None if max_memory is None else parse_bytes(max_memory),
+        )
     with logged(out, f"{job.folder} to {out} by {algorithm}") as log:
 
         def finished(unit: Unit) -> None:

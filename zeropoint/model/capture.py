@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zeropoint.model.shelf import Shelf
 from zeropoint.nn import quantized_type
 
 Batch = dict[str, Tensor] | Tensor
@@ -58,7 +59,7 @@ class Stream:
     then by block. keep: by batch, `kept_tokens`.
     """
 
-    hidden: list[Tensor]
+    hidden: list[Tensor] | Shelf
     calls: list[list[Call]]
     keep: list[list[Tensor]]
 
@@ -119,8 +120,16 @@ def chains(model: nn.Module, wanted: Collection[nn.Module]) -> dict[str, list[st
 
 
 @torch.no_grad()
-def enter(model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> Stream | str:
-    """Run the model up to the first block, with every batch. Returns why not, if it is no chain."""
+def enter(
+    model: nn.Module,
+    blocks: list[nn.Module],
+    batches: list[Batch],
+    hidden: list[Tensor] | Shelf | None = None,
+) -> Stream | str:
+    """Run the model up to the first block, with every batch. Returns why not, if it is no chain.
+
+    hidden: where the hidden states go, empty.
+    """
     probe = _one_example(batches[0])
     seen = _record(model, blocks, probe, outputs=True)
     problem = _why_no_chain(blocks, seen)
@@ -136,12 +145,12 @@ def enter(model: nn.Module, blocks: list[nn.Module], batches: list[Batch]) -> St
     problem = _why_not_replayed(blocks, seen, where)
     if problem is not None:
         return problem
-    stream = Stream([], [], [])
+    stream = Stream([] if hidden is None else hidden, [], [])
     for batch in batches:
         calls = _record(model, blocks[:1] if alike else blocks, batch, stop=alike)
-        hidden = _get(calls[blocks[0]][0], where)
+        first_hidden = _get(calls[blocks[0]][0], where)
         mine = [_call(calls[b][0], where) for b in (blocks[:1] if alike else blocks)]
-        stream.hidden.append(hidden.detach())
+        stream.hidden.append(first_hidden.detach())
         stream.calls.append(mine * len(blocks) if alike else mine)
         stream.keep.append(kept_tokens(batch))
     return stream

@@ -29,5 +29,7 @@ class HessianObserver:
         self._tokens += len(x)
 
     def result(self) -> Hessian:
-        """The mean so far."""
-        return Hessian(self._sum / max(1, self._tokens), self._tokens)
+        """The mean. In place, and so the observer's last word: of 8192 columns it takes 537 MB."""
+        if self._tokens:  # else memory that nobody has touched stays so
+            self._sum.div_(self._tokens)
+        return Hessian(self._sum, self._tokens)
