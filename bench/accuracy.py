@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int2-g64": {"weights": "int2", "group_size": 64},
     "int2-g32": {"weights": "int2", "group_size": 32},
     "nf4-g64": {"weights": "nf4"},
+    "any4-g64": {"weights": "any4"},
     "float8": {"weights": "float8_e4m3fn"},
     "budget-75MB": {"budget": "75MB"},  # of the whole model; int3-g64 takes 73.4 MB
 }

@@ -110,7 +110,7 @@ template <Tiles KIND>
 void multiply_amx_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   constexpr int64_t COLUMNS = KIND == Tiles::bytes ? 64 : 32, ROW = STEPS * 64;
   const zp_format& f = *j.format;
-  const zp_weight w = {&f, j.packed, j.scale, j.zero_point};
+  const zp_weight w = weight_of(j);
   int64_t count = steps(j, KIND), rows = n1 - n0, padded = round_up(rows, PAIR), tokens = round_up(j.m, PAIR);
   uint8_t* panel = scratch;
   float* sums = (float*)(panel + padded * ROW);

@@ -288,14 +288,15 @@ void prepare_codebook(const Job& j, int64_t m) {
 template <int MR>
 void dot_codebook(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale) {
   const zp_format& f = *j.format;
-  const zp_weight w = {&f, j.packed, j.scale, nullptr};
-  const F levels = load(f.levels);
+  const zp_weight w = weight_of(j);
+  alignas(64) float own[16];
   const bool by_row = f.group_size >= f.k;
   const Integer::Lanes<4> lanes(j.block);  // word i covers 8 columns, as the sums of a 4-bit chunk do
   int64_t chunks = (f.k + CODEBOOK_CHUNK - 1) / CODEBOOK_CHUNK, stride = float_stride(j);
   const float* x = (const float*)j.prepared + m0 * stride;
   for (int64_t n = n0; n < n1; n++) {
     const uint8_t* p = j.packed + n * j.row_bytes;
+    const F levels = load(levels_of(w, n, own));
     if (!by_row) block_scales(j, n, scale);
     F total[MR];
     for (int r = 0; r < MR; r++) total[r] = zero();
@@ -319,7 +320,7 @@ void dot_codebook(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale
 template <int MR, bool E4M3>
 void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale) {
   const zp_format& f = *j.format;
-  const zp_weight w = {&f, j.packed, j.scale, nullptr};
+  const zp_weight w = weight_of(j);
   const bool by_row = f.group_size >= f.k;
   const __m512i largest = _mm512_set1_epi8(0x7f);
   int64_t stride = float_stride(j), step = by_row ? f.k : j.block;
@@ -489,7 +490,7 @@ template <int P>
 void gemm_integer_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   constexpr int64_t T = TOKENS<P>;
   const zp_format& f = *j.format;
-  const zp_weight w = {&f, j.packed, j.scale, j.zero_point};
+  const zp_weight w = weight_of(j);
   int64_t rows = n1 - n0, depth = gemm_depth(j), groups = f.k / f.group_size, stride = round_up(depth, 64) + 64;
   uint8_t* panel = scratch;
   float* scale = (float*)(panel + round_up(rows * depth + 64, 64));

@@ -135,6 +135,15 @@ static inline float offset_of(const zp_weight& w, int64_t row, int64_t group) {
   return half + read_zero_point(*w.format, w.zero_point, row * w.format->scale_stride + group);
 }
 
+static inline zp_weight weight_of(const Job& j) { return {j.format, j.packed, j.scale, j.zero_point, j.levels}; }
+
+// The 16 levels of a row, in `own` where the row has some of its own.
+static inline const float* levels_of(const zp_weight& w, int64_t row, float* own) {
+  if (!w.levels) return w.format->levels;
+  to_f32((const uint16_t*)w.levels + (w.format->scale_stride ? 16 * row : 0), ZP_F16, 16, own);
+  return own;
+}
+
 // e4m3fn is float16 with one exponent bit less, so its bits moved into float16's place are 2^-8 of the value; only its
 // NaN, the largest code, is something else. e5m2 is float16's upper byte.
 static inline float e4m3(uint8_t c) {
@@ -152,6 +161,8 @@ static inline void decode_columns(const zp_weight& w, int64_t row, int64_t k0, i
   }
   constexpr int STEP = 256;  // codes unpacked at a time
   alignas(64) uint8_t codes[STEP + 64];
+  alignas(64) float own[16];
+  const float* levels = f.kind == ZP_CODEBOOK ? levels_of(w, row, own) : nullptr;
   for (int64_t k = k0; k < k1; k += STEP) {
     int64_t count = k1 - k < STEP ? k1 - k : STEP;
     const uint8_t* c = p + k * f.bits / 8;
@@ -170,8 +181,8 @@ static inline void decode_columns(const zp_weight& w, int64_t row, int64_t k0, i
         for (; i + W <= end; i += W) store(o + i, mul(sub(load_u8(codes + i), vz), vs));
         for (; i < end; i++) o[i] = ((float)codes[i] - z) * s;
       } else if (f.kind == ZP_CODEBOOK) {
-        for (; i + W <= end; i += W) store(o + i, mul(lookup16(f.levels, codes + i), vs));
-        for (; i < end; i++) o[i] = f.levels[codes[i] & 15] * s;
+        for (; i + W <= end; i += W) store(o + i, mul(lookup16(levels, codes + i), vs));
+        for (; i < end; i++) o[i] = levels[codes[i] & 15] * s;
       } else if (is_e4m3) {
         for (; i + W <= end; i += W) store(o + i, mul(load_e4m3(c + i), vs));
         for (; i < end; i++) o[i] = e4m3(c[i]) * s;
@@ -343,7 +354,7 @@ template <int BITS, int P, int MR>
 static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scratch) {
   constexpr int CHUNK = Integer::CHUNK<BITS>, CHUNK_BYTES = CHUNK * BITS / 8;
   const zp_format& f = *j.format;
-  const zp_weight w = {&f, j.packed, j.scale, j.zero_point};
+  const zp_weight w = weight_of(j);
   int64_t chunks = (f.k + CHUNK - 1) / CHUNK, last = j.row_bytes - (chunks - 1) * CHUNK_BYTES;
   bool by_row = f.group_size >= f.k;  // one scale: applied at the end
   int64_t stride = round_up(j.blocks, W) + PAD;
@@ -430,7 +441,7 @@ static void prepare_float(const Job& j, int64_t m) {
 }
 
 static void dot_float_rows(const Job& j, int64_t n0, int64_t n1, float* row) {
-  const zp_weight w = {j.format, j.packed, j.scale, j.zero_point};
+  const zp_weight w = weight_of(j);
   int64_t k = j.format->k, padded = round_up(k, 4 * W);
   for (int64_t i = k; i < padded; i++) row[i] = 0;
   for (int64_t n = n0; n < n1; n++) {
@@ -510,7 +521,7 @@ static void put_transposed(const Job& j, const float* sums, int64_t stride, int6
 }
 
 static void gemm_float_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  const zp_weight w = {j.format, j.packed, j.scale, j.zero_point};
+  const zp_weight w = weight_of(j);
   int64_t k = j.format->k, rows = n1 - n0, tokens = round_up(j.m, TILE_M);
   float* panel = (float*)scratch;
   float* sums = panel + rows * DEPTH;

@@ -253,9 +253,9 @@ using namespace zp;
 
 extern "C" {
 
-int zp_linear(const zp_format* format, const void* packed, const void* scale, const void* zero_point, const void* bias,
-              int32_t bias_dtype, const void* x, int32_t x_dtype, int64_t x_stride, int64_t m, int32_t int8_activations,
-              void* y, int32_t threads) {
+int zp_linear(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
+              const void* levels, const void* bias, int32_t bias_dtype, const void* x, int32_t x_dtype,
+              int64_t x_stride, int64_t m, int32_t int8_activations, void* y, int32_t threads) {
   int64_t y_bytes = format->n * (x_dtype == ZP_F32 ? 4 : 2), x_bytes = x_stride * (x_dtype == ZP_F32 ? 4 : 2);
   for (int64_t begin = 0; begin < m; begin += TOKENS_AT_ONCE) {
     Job job = {};
@@ -263,6 +263,7 @@ int zp_linear(const zp_format* format, const void* packed, const void* scale, co
     job.packed = (const uint8_t*)packed;
     job.scale = scale;
     job.zero_point = zero_point;
+    job.levels = levels;
     job.bias = bias;
     job.bias_dtype = bias_dtype;
     job.x = (const uint8_t*)x + begin * x_bytes;
@@ -277,12 +278,12 @@ int zp_linear(const zp_format* format, const void* packed, const void* scale, co
   return ZP_OK;
 }
 
-int zp_rows(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
+int zp_rows(const zp_format* format, const void* packed, const void* scale, const void* zero_point, const void* levels,
             const int64_t* indices, int64_t count, void* out, int32_t out_dtype, int32_t threads) {
   for (int64_t i = 0; indices && i < count; i++) {
     if (indices[i] < 0 || indices[i] >= format->n) return ZP_BAD_INDEX;
   }
-  zp_weight weight = {format, (const uint8_t*)packed, scale, zero_point};
+  zp_weight weight = {format, (const uint8_t*)packed, scale, zero_point, levels};
   Rows rows = {&in_use(), weight, indices, (uint8_t*)out, out_dtype, count, 0};
   rows.step = rows_at_once(count, format->k, threads);
   parallel(threads, (count + rows.step - 1) / rows.step, run_rows, &rows);

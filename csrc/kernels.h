@@ -18,6 +18,7 @@ struct Job {
   const uint8_t* packed;
   const void* scale;
   const void* zero_point;
+  const void* levels;
   const void* bias;
   int32_t bias_dtype;
   const void* x;

@@ -4,7 +4,7 @@
 // byte, integer codes stored unsigned (code + 2^(bits-1)). The kernels read that layout directly; nothing is repacked.
 //
 //   integer   real = scale * (code - zero_point)
-//   codebook  real = scale * levels[code]
+//   codebook  real = scale * levels[code]        levels of the format, or of each row
 //   float8    real = scale * code
 //   downcast  real = code
 #pragma once
@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define ZP_API __attribute__((visibility("default")))
-#define ZP_VERSION 4
+#define ZP_VERSION 5
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
 enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT, ZP_E8M0 };                                   // dtypes of floats
@@ -31,33 +31,36 @@ typedef struct {
   int64_t scale_stride;  // scales from one row to the next; 0 when the whole weight shares one
   int32_t scale_dtype;
   int32_t float_zero_point;   // zero points are float16, not int8
-  float levels[16];           // codebook only
+  float levels[16];           // codebook only, where rows have none of their own
   const float* scale_levels;  // 256, for ZP_DOUBLE_QUANT only
 } zp_format;
 
 // packed: n rows; scale: (n or 1, k / group_size), null for a downcast; zero_point: the same shape, int8 or
-// float16, null when symmetric.
+// float16, null when symmetric. levels: (n or 1, 16) float16, null where they are the format's.
 typedef struct {
   const zp_format* format;
   const uint8_t* packed;
   const void* scale;
   const void* zero_point;
+  const void* levels;
 } zp_weight;
 
 // y = x @ weight.T + bias.  x: (m, k) of x_dtype, x_stride elements from row to row, a row contiguous.
 // y: (m, n) of x_dtype, contiguous. bias: (n,) of bias_dtype, or null.
 // int8_activations: x is rounded to int8, one scale for each of the m rows, before it is multiplied.
 ZP_API int zp_linear(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
-                     const void* bias, int32_t bias_dtype, const void* x, int32_t x_dtype, int64_t x_stride, int64_t m,
-                     int32_t int8_activations, void* y, int32_t threads);
+                     const void* levels, const void* bias, int32_t bias_dtype, const void* x, int32_t x_dtype,
+                     int64_t x_stride, int64_t m, int32_t int8_activations, void* y, int32_t threads);
 
 // Rows of the weight. indices: (count,), or null for the rows 0 .. count - 1. out: (count, k) of out_dtype, contiguous.
 // ZP_BAD_INDEX when an index is outside 0 .. n - 1; nothing is read for it.
 ZP_API int zp_rows(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
-                   const int64_t* indices, int64_t count, void* out, int32_t out_dtype, int32_t threads);
+                   const void* levels, const int64_t* indices, int64_t count, void* out, int32_t out_dtype,
+                   int32_t threads);
 
-// Round to nearest, scales chosen and stored as zeropoint.numerics does. weight: (n, k) of dtype, contiguous.
-// Zero points are int8. Returns ZP_BAD_ARGUMENT for a weight that is not finite or a scale that its dtype cannot hold.
+// Round to nearest, scales chosen and stored as zeropoint.numerics does; levels are the format's. weight: (n, k) of
+// dtype, contiguous. Zero points are int8. Returns ZP_BAD_ARGUMENT for a weight that is not finite or a scale that its
+// dtype cannot hold.
 ZP_API int zp_quantize(const zp_format* format, const void* weight, int32_t dtype, void* packed, void* scale,
                        void* zero_point, int32_t threads);
 

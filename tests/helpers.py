@@ -28,7 +28,7 @@ from zeropoint.algorithms import get_algorithm
 from zeropoint.kernels import reference
 from zeropoint.kernels.reference import weight_values
 from zeropoint.nn import QModule
-from zeropoint.numerics import FORMATS, Format
+from zeropoint.numerics import FORMATS, Format, Grid
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import PER_CHANNEL, Scheme
 
@@ -40,12 +40,15 @@ PROPERTY = settings(deadline=None, derandomize=True, max_examples=40, database=N
 SCALED = [f for f in FORMATS.values() if f.kind != "downcast"]
 INTEGERS = [f for f in FORMATS.values() if f.kind == "integer"]
 CODEBOOKS = [f for f in FORMATS.values() if f.kind == "codebook"]
+TABLES = [f for f in CODEBOOKS if not f.learns_levels]  # whose levels are the format's
 DOWNCASTS = [f for f in FORMATS.values() if f.kind == "downcast"]
 
 
 def has_units(fmt: Format) -> bool:
-    """Whether the grid has -1, 0 and 1, so that constants and zeros are exact. Not iq4nl's."""
-    return fmt.levels is None or {-1.0, 0.0, 1.0} <= set(fmt.levels)
+    """Whether the grid has -1, 0 and 1, so that constants and zeros are exact. Not iq4nl's, nor one
+    that is learned.
+    """
+    return fmt.kind != "codebook" or {-1.0, 0.0, 1.0} <= set(fmt.levels or ())
 
 
 def symmetries(fmt: Format) -> tuple[bool, ...]:
@@ -115,32 +118,32 @@ def freeze(module: QModule) -> QModule:
 # --- grids, written from the formulas -------------------------------------------------------------
 
 
-def grid_points(fmt: Format, zero_point: torch.Tensor | None, blocks: tuple[int, int]):
+def grid_points(fmt: Format, grid: Grid):
     """Every value a block can hold at scale 1. Returns (R, G, number of codes) float64."""
     if fmt.kind == "integer":
         points = torch.arange(fmt.q_min, fmt.q_max + 1, dtype=torch.float64)
+    elif grid.levels is not None:
+        points = grid.levels.double().unsqueeze(1)
     elif fmt.kind == "codebook":
         points = torch.tensor(fmt.levels, dtype=torch.float64)
     else:
         points = torch.arange(256, dtype=torch.uint8).view(fmt.dtype).double()
         points = points[points.isfinite()]
-    points = points.expand(*blocks, -1)
-    return points if zero_point is None else points - zero_point.double().unsqueeze(-1)
+    points = points.expand(*grid.scale.shape, -1)
+    return points if grid.zero_point is None else points - grid.zero_point.double().unsqueeze(-1)
 
 
 # --- checkers -------------------------------------------------------------------------------------
 
 
-def assert_nearest(values, image, scale, zero_point, fmt: Format) -> None:
+def assert_nearest(values, image, grid: Grid, fmt: Format) -> None:
     """No point of the grid is nearer to a value than its image, up to rounding.
 
-    values, image: (R, G, B) float32; scale, zero_point: (R, G).
-    Slack: 4 u (|w| + |image| + s), see the top.
+    values, image: (R, G, B) float32. Slack: 4 u (|w| + |image| + s), see the top.
     """
-    r, g, b = values.shape
-    values, image, scale = values.double(), image.double(), scale.double().unsqueeze(-1)
-    grid = scale * grid_points(fmt, zero_point, (r, g))
-    nearest = (values.unsqueeze(-1) - grid.unsqueeze(-2)).abs().amin(-1)
+    values, image, scale = values.double(), image.double(), grid.scale.double().unsqueeze(-1)
+    points = scale * grid_points(fmt, grid)
+    nearest = (values.unsqueeze(-1) - points.unsqueeze(-2)).abs().amin(-1)
     slack = 4 * UNIT_ROUNDOFF * (values.abs() + image.abs() + scale) + SUBNORMAL
     _assert_below((values - image).abs(), nearest + slack, "distance to the nearest grid point")
 

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.helpers import (
-    CODEBOOKS,
     GRIDS,
     INTEGERS,
     PROPERTY,
+    TABLES,
     assert_embedding,
     in_child,
     instruction_set,
@@ -52,10 +52,11 @@ from zeropoint.scheme import Scheme
 needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 every_isa = pytest.mark.parametrize("isa", instruction_sets(), indirect=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS_AND_SIGNS = GRIDS + [("bfloat16", True), ("float16", True)]
+OWN_LEVELS = [g for g in GRIDS if not get_format(g[0]).learns_levels]
+FORMATS_AND_SIGNS = OWN_LEVELS + [("bfloat16", True), ("float16", True)]
 QUANTIZED = [
     (f.name, symmetric)
-    for f in INTEGERS + CODEBOOKS
+    for f in INTEGERS + TABLES
     for symmetric in symmetries(f)
     if f.ties == "lower"
 ]

@@ -83,6 +83,8 @@ def test_a_learned_scale_is_an_option_of_formats_that_have_scales():
         Scheme.of("bfloat16", learned_scale=True)
     with pytest.raises(RecipeError, match="learned_scale=True: .*double_quant=True are 8-bit num"):
         Scheme.of("nf4", double_quant=True, learned_scale=True)
+    with pytest.raises(RecipeError, match="learned_scale=True: any4 learns its levels anew for ev"):
+        Scheme.of("any4", learned_scale=True)
     with pytest.raises(RecipeError, match="learned_scale='yes' is not true or false"):
         Scheme.of("int3", learned_scale="yes")
 

@@ -293,6 +293,7 @@ def can_quantize(weight: Tensor, scheme: Scheme) -> bool:
         and weight.dtype in DTYPES
         and scheme.fmt.kind in KINDS
         and scheme.fmt.ties == "lower"  # and so no scale of 8 bits either
+        and not scheme.fmt.learns_levels
         and scheme.granularity != "tensor"
         and not scheme.float_zero_point
         and weight.numel() > 0
@@ -315,24 +316,16 @@ def quantize(weight: Tensor, scheme: Scheme) -> QTensor | None:
         suffix: torch.empty(shape, dtype=dtype, device="cpu")
         for suffix, (shape, dtype) in part_specs(weight.shape, scheme).items()
     }
-    packed, scale, zero_point = (parts.get(s) for s in ("", "_scale", "_zero_point"))
     result = _library().zp_quantize(
         byref(_format(scheme, n, k)),
         weight.data_ptr(),
         DTYPES[weight.dtype],
-        _pointer(packed),
-        _pointer(scale),
-        _pointer(zero_point),
+        _pointer(parts[""]),
+        _pointer(parts.get("_scale")),
+        _pointer(parts.get("_zero_point")),
         torch.get_num_threads(),
     )
     if result == BAD_ARGUMENT:
         return None
-    assert result == OK and packed is not None, f"zp_quantize returned {result}"
-    return QTensor(
-        packed=packed,
-        scale=scale,
-        zero_point=zero_point,
-        scheme=scheme,
-        shape=weight.shape,
-        dtype=weight.dtype,
-    )
+    assert result == OK, f"zp_quantize returned {result}"
+    return QTensor.from_parts(parts, scheme=scheme, shape=weight.shape, dtype=weight.dtype)

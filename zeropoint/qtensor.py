@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from zeropoint.errors import CheckpointError
 from zeropoint.numerics import (
+    LEVELS_DTYPE,
+    Grid,
     Quantized,
     blocked,
     dequantize,
@@ -28,6 +30,9 @@ from zeropoint.numerics import (
 from zeropoint.numerics.packing import row_bytes
 from zeropoint.scheme import Scheme
 
+PARTS = {"": "packed", "_scale": "scale", "_zero_point": "zero_point", "_levels": "levels"}
+"""The tensors of a weight: the suffix each has beside the weight's name, and its field."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class QTensor:
@@ -38,16 +43,40 @@ class QTensor:
         stored as code - q_min. A downcast is stored as it is: shape `shape`, bfloat16 or float16.
     scale: (R, G) of scheme.scale_dtype; with scheme.double_quant the bytes that
     `numerics.two_level` stores; None for a downcast. zero_point: (R, G) int8, float16 with
-    scheme.float_zero_point, or None when symmetric.
+    scheme.float_zero_point, or None when symmetric. levels: (R, 2^bits) float16, ascending, where
+    the format learns them: real = scale * levels[codes].
     shape: of the weight. dtype: what `dequantize()` returns, the dtype the weight had.
     """
 
     packed: Tensor
     scale: Tensor | None
     zero_point: Tensor | None
+    levels: Tensor | None = None
     scheme: Scheme
     shape: torch.Size
     dtype: torch.dtype
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Mapping[str, Tensor | None],
+        *,
+        scheme: Scheme,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> QTensor:
+        """A weight from its parts by suffix, as `QTensor.parts` names them."""
+        packed = parts[""]
+        assert packed is not None
+        return cls(
+            packed=packed,
+            scale=parts.get("_scale"),
+            zero_point=parts.get("_zero_point"),
+            levels=parts.get("_levels"),
+            scheme=scheme,
+            shape=torch.Size(shape),
+            dtype=dtype,
+        )
 
     @classmethod
     def from_codes(cls, quantized: Quantized, scheme: Scheme, dtype: torch.dtype) -> QTensor:
@@ -70,6 +99,7 @@ class QTensor:
             packed=packed.contiguous(),
             scale=scale,
             zero_point=quantized.zero_point,
+            levels=quantized.levels,
             scheme=scheme,
             shape=codes.shape,
             dtype=dtype,
@@ -92,11 +122,8 @@ class QTensor:
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        """The tensors that exist, by the suffix they have beside the weight's name:
-
-        "", "_scale", "_zero_point".
-        """
-        parts = {"": self.packed, "_scale": self.scale, "_zero_point": self.zero_point}
+        """The tensors that exist, by the suffix they have beside the weight's name, as in PARTS."""
+        parts = {suffix: getattr(self, field) for suffix, field in PARTS.items()}
         return {suffix: part for suffix, part in parts.items() if part is not None}
 
     @property
@@ -105,6 +132,12 @@ class QTensor:
         if self.scale is None or not self.scheme.double_quant:
             return self.scale
         return self.scheme.coding.expand(self.scale, self._scale_shape)
+
+    @property
+    def grid(self) -> Grid:
+        """What gives codes their values, scales as numbers. Not of a downcast, which has none."""
+        assert self.scales is not None
+        return Grid(self.scales, self.zero_point, self.levels)
 
     @property
     def _scale_shape(self) -> tuple[int, int]:
@@ -148,24 +181,24 @@ class QTensor:
         """
         if self.scheme.fmt.kind == "downcast":
             return self.packed.to(dtype or self.dtype)
-        real = dequantize(self.codes, self.scales, self.zero_point, self.scheme.format)
+        parts = (self.codes, self.scales, self.zero_point, self.levels)
+        real = dequantize(*parts, self.scheme.format)
         return real.to(dtype or self.dtype)
 
     def rows(self, indices: Tensor) -> QTensor:
         """The rows `indices` (1-D, int) of a 2-D weight, without unpacking the others."""
         n, _ = self.shape
-        scale = self.scales
-        if self.scheme.granularity == "tensor":
-            zero_point = self.zero_point
-        else:
-            scale = None if scale is None else scale[indices]
-            zero_point = None if self.zero_point is None else self.zero_point[indices]
+        scale, zero_point, levels = (
+            part if part is None or self.scheme.granularity == "tensor" else part[indices]
+            for part in (self.scales, self.zero_point, self.levels)
+        )
         packed = self.packed.view(n, -1)[indices]
         return replace(
             self,
             packed=packed if self.scheme.fmt.kind == "downcast" else packed.view(-1),
             scale=scale,
             zero_point=zero_point,
+            levels=levels,
             scheme=self.scheme.with_float_scales,
             shape=torch.Size((len(indices), self.shape[1])),
         )
@@ -200,7 +233,12 @@ class QTensor:
             assert grown.scales is not None
             scale = grown.scales[-len(new.scale) :]
             blocks = blocked(values, scheme.granularity, scheme.group_size)
-            codes = grid_codes(blocks, scale, self.zero_point, scheme.fmt).view(values.shape)
+            grid = Grid(scale, self.zero_point, self.levels)
+            if scheme.granularity != "tensor" and new.levels is not None:
+                assert self.levels is not None
+                grid = grid._replace(levels=new.levels)
+                grown = replace(grown, levels=torch.cat([self.levels, new.levels]))
+            codes = grid_codes(blocks, grid, scheme.fmt).view(values.shape)
             tail = QTensor.from_codes(Quantized(codes, scale, None), plain, self.dtype)
             return replace(grown, packed=torch.cat([self.packed, tail.packed]))
         return QTensor.concatenate([self, QTensor.from_codes(new, scheme, self.dtype)])
@@ -224,8 +262,8 @@ class QTensor:
             scheme = replace(scheme, group_size=size)
             scale = None if scale is None else scale[:, groups]
             zero_point = None if zero_point is None else zero_point[:, groups]
-        codes = self.codes[:, indices]
-        return QTensor.from_codes(Quantized(codes, scale, zero_point), scheme, self.dtype)
+        quantized = Quantized(self.codes[:, indices], scale, zero_point, self.levels)
+        return QTensor.from_codes(quantized, scheme, self.dtype)
 
     @staticmethod
     def concatenate(parts: Sequence[QTensor]) -> QTensor:
@@ -237,24 +275,20 @@ class QTensor:
         scheme = first.scheme
         assert scheme.granularity != "tensor" and not scheme.double_quant, scheme
         assert all(part.scheme == scheme and part.shape[1:] == first.shape[1:] for part in parts)
-        joined = {
-            suffix: torch.cat([part.parts[suffix] for part in parts]) for suffix in first.parts
-        }
-        return replace(
-            first,
-            packed=joined[""],
-            scale=joined.get("_scale"),
-            zero_point=joined.get("_zero_point"),
-            shape=torch.Size((sum(part.shape[0] for part in parts), *first.shape[1:])),
+        return QTensor.from_parts(
+            {suffix: torch.cat([part.parts[suffix] for part in parts]) for suffix in first.parts},
+            scheme=scheme,
+            shape=(sum(part.shape[0] for part in parts), *first.shape[1:]),
+            dtype=first.dtype,
         )
 
     def to(self, device: torch.device | str) -> QTensor:
         """The same weight on another device."""
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            scale=None if self.scale is None else self.scale.to(device),
-            zero_point=None if self.zero_point is None else self.zero_point.to(device),
+        return QTensor.from_parts(
+            {suffix: part.to(device) for suffix, part in self.parts.items()},
+            scheme=self.scheme,
+            shape=self.shape,
+            dtype=self.dtype,
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -274,6 +308,7 @@ class QTensor:
                 ("codes", self.codes),
                 ("scale", self.scales),
                 ("zero_point", self.zero_point),
+                ("levels", self.levels),
             ):
                 if part is not None:
                     lines.append(f"  {name}={_indented(part, len(name) + 3)}")
@@ -335,6 +370,8 @@ def part_specs(
         specs["_scale"] = ((scheme.coding.stored_bytes(math.prod(blocks)),), torch.uint8)
     if scheme.zero_point_dtype is not None:
         specs["_zero_point"] = (blocks, scheme.zero_point_dtype)
+    if fmt.learns_levels:
+        specs["_levels"] = ((blocks[0], 1 << fmt.bits), LEVELS_DTYPE)
     return specs
 
 
@@ -344,14 +381,7 @@ def empty(shape: Sequence[int], scheme: Scheme, dtype: torch.dtype) -> QTensor:
         suffix: torch.empty(part_shape, dtype=part_dtype, device="meta")
         for suffix, (part_shape, part_dtype) in part_specs(shape, scheme).items()
     }
-    return QTensor(
-        packed=parts[""],
-        scale=parts.get("_scale"),
-        zero_point=parts.get("_zero_point"),
-        scheme=scheme,
-        shape=torch.Size(shape),
-        dtype=dtype,
-    )
+    return QTensor.from_parts(parts, scheme=scheme, shape=shape, dtype=dtype)
 
 
 def check_parts(name: str, parts: dict[str, Tensor], shape: Sequence[int], scheme: Scheme) -> None:

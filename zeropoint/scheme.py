@@ -16,6 +16,7 @@ import yaml
 from zeropoint.errors import RecipeError, UnknownNameError, nearest
 from zeropoint.numerics import (
     FORMATS,
+    LEVELS_DTYPE,
     Format,
     get_format,
     get_scale_dtype,
@@ -149,12 +150,13 @@ class Scheme:
     def _check_learned_scale(self) -> None:
         if not isinstance(self.learned_scale, bool):
             raise RecipeError(f"learned_scale={self.learned_scale!r} is not true or false")
-        if self.learned_scale and (self.fmt.kind == "downcast" or self.double_quant):
-            what = (
-                f"{self.format} has no scales"
-                if self.fmt.kind == "downcast"
-                else ("scales of double_quant=True are 8-bit numbers")
-            )
+        reasons = (
+            (self.fmt.kind == "downcast", f"{self.format} has no scales"),
+            (self.double_quant, "scales of double_quant=True are 8-bit numbers"),
+            (self.fmt.learns_levels, f"{self.format} learns its levels anew for every weight"),
+        )
+        what = next((reason for applies, reason in reasons if applies), None)
+        if self.learned_scale and what is not None:
             raise RecipeError(f"learned_scale=True: {what}; leave it out")
 
     @classmethod
@@ -253,7 +255,7 @@ class Scheme:
         return dataclasses.replace(self, double_quant=False)
 
     def storage_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of codes, scales and zero points of a weight of this shape.
+        """Bytes of codes, scales, zero points and levels of a weight of this shape.
 
         Raises GroupSizeError.
         """
@@ -268,7 +270,9 @@ class Scheme:
         else:
             scales = count * get_scale_dtype(self.scale_dtype).itemsize
         zero_point = self.zero_point_dtype
-        return codes + scales + (0 if zero_point is None else count * zero_point.itemsize)
+        zeros = 0 if zero_point is None else count * zero_point.itemsize
+        levels = rows << self.fmt.bits if self.fmt.learns_levels else 0
+        return codes + scales + zeros + levels * LEVELS_DTYPE.itemsize
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, leaving out what is not used. `Scheme(**d)` is the inverse."""

@@ -18,7 +18,7 @@ def test_no_code_is_nearer_to_a_weight_than_the_one_chosen(scheme):
     q = rtn(weight, scheme)
     blocks = (*q.scale.shape, -1)
     image = q.dequantize(torch.float32).view(blocks)
-    assert_nearest(weight.view(blocks), image, q.scale, q.zero_point, scheme.fmt)
+    assert_nearest(weight.view(blocks), image, q.grid, scheme.fmt)
 
 
 @pytest.mark.parametrize("scheme", schemes(), ids=str)

@@ -101,6 +101,28 @@ def test_a_float_zero_point_does_not_care_where_zero_is():
     assert loss(search(weight + 50, integer), weight + 50) > 40 * far  # it spends its codes on 0
 
 
+def test_levels_and_scales_in_turn_beat_a_fixed_table_and_levels_alone():
+    """Lloyd-Max with 16 levels loses .0095 of a Gaussian; a scale for 64 values wins on that."""
+    weight = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+    found, alone, table = (
+        loss(f(weight, Scheme.of(name)), weight) / weight.numel()
+        for f, name in ((search, "any4"), (rtn, "any4"), (search, "nf4"))
+    )
+    assert found < 0.96 * alone and found < 0.95 * table and found < 0.0095
+
+
+def test_levels_follow_the_columns_that_count():
+    """Every other column has large inputs and small weights: most levels are for these."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 512, generator=generator)
+    weight[:, ::2] *= 0.05
+    importance = torch.ones(512, dtype=torch.float64)
+    importance[::2] = 1e3
+    scheme = Scheme.of("any4", group_size=-1)
+    found, blind = search(weight, scheme, importance), search(weight, scheme)
+    assert loss(found, weight, importance) < 0.2 * loss(blind, weight, importance)
+
+
 @pytest.mark.parametrize("scheme", schemes(), ids=str)
 def test_scales_are_positive_and_zero_points_are_codes_or_finite_floats(scheme):
     q = search(example_weight(), scheme, torch.linspace(0, 1, 96))

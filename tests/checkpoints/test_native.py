@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 import zeropoint as zp
@@ -310,6 +311,22 @@ def test_a_float_zero_point_that_is_not_finite_is_found(tmp_path):
     assert zp.verify(tmp_path / "m") == []
     edit_tensors(tmp_path / "m", lambda t: t["0.weight_zero_point"][0, :1].fill_(float("nan")))
     assert zp.verify(tmp_path / "m") == ["0.weight_zero_point holds NaN or Inf"]
+
+
+def test_levels_are_stored_beside_their_weight_and_checked(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32))
+    zp.quantize(model, "any4")
+    zp.freeze(model)
+    zp.save(model, tmp_path / "m")
+    with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as stored:
+        levels = stored.get_tensor("0.weight_levels")
+    assert torch.equal(levels, model[0].weight.levels)
+    assert levels.shape == (32, 16) and levels.dtype == torch.float16
+    assert zp.verify(tmp_path / "m") == []
+    edit_tensors(tmp_path / "m", lambda t: t["0.weight_levels"][3, 5:6].fill_(float("nan")))
+    assert zp.verify(tmp_path / "m") == ["0.weight_levels holds NaN or Inf"]
+    edit_tensors(tmp_path / "m", lambda t: t.pop("0.weight_levels"))
+    both_refuse(tmp_path / "m", "0.weight_levels is missing; any4 g64 needs it")
 
 
 @pytest.mark.parametrize("value", [0.0, -0.5])

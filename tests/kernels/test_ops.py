@@ -178,7 +178,8 @@ def test_on_grid_keeps_the_operator_contract(scheme, layout):
     grid = start(weight, scheme)
     fields = (scheme.format, scheme.granularity, scheme.group_size or 0)
     fields = (*fields, scheme.float_zero_point, scheme.scale_dtype)
-    torch.library.opcheck(torch.ops.zeropoint.on_grid, (weight.requires_grad_(), *grid, *fields))
+    arguments = (weight.requires_grad_(), grid.scale, grid.zero_point, *fields)
+    torch.library.opcheck(torch.ops.zeropoint.on_grid, arguments)
 
 
 @pytest.mark.parametrize("scheme", LEARNABLE, ids=str)

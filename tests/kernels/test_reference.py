@@ -26,6 +26,9 @@ def exact_value(weight, row, column):
         "group": (row, column // (scheme.group_size or 1)),
     }[scheme.granularity]
     scale = Fraction(weight.scales[at].item())
+    if weight.levels is not None:
+        own = weight.levels[row if len(weight.levels) > 1 else 0]
+        return scale * Fraction(own[code].item())
     if fmt.kind == "codebook":
         return scale * Fraction(fmt.levels[code])
     if fmt.kind == "float8":

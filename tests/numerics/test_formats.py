@@ -4,7 +4,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.helpers import CODEBOOKS, DOWNCASTS, INTEGERS, SCALED, has_units
+from tests.helpers import CODEBOOKS, DOWNCASTS, INTEGERS, SCALED, TABLES, has_units
 from zeropoint.errors import UnknownNameError
 from zeropoint.numerics import FORMATS, get_format
 from zeropoint.numerics.formats import ELSEWHERE, FP4_LEVELS, NF4_LEVELS
@@ -15,7 +15,7 @@ ids = [f.name for f in FORMATS.values()]
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=ids)
 def test_a_row_is_found_by_its_name_and_has_what_its_kind_needs(fmt):
     assert get_format(fmt.name) is fmt
-    assert (fmt.levels is not None) == (fmt.kind == "codebook")
+    assert (fmt.levels is not None) == (fmt.kind == "codebook" and not fmt.learns_levels)
     assert (fmt.dtype is not None) == (fmt.kind in ("float8", "downcast"))
     if fmt.dtype is not None:
         assert fmt.bits == 8 * fmt.dtype.itemsize
@@ -41,7 +41,13 @@ def test_integer_codes_fill_twos_complement(fmt):
     assert fmt.q_min >= -128 and fmt.q_max <= 127, "codes are int8"
 
 
-@pytest.mark.parametrize("fmt", CODEBOOKS, ids=lambda f: f.name)
+def test_levels_are_learned_by_any4_alone():
+    assert [f.name for f in FORMATS.values() if f.learns_levels] == ["any4"]
+    assert [f for f in CODEBOOKS if f not in TABLES] == [get_format("any4")]
+    assert get_format("any4").reach == (1.0, 1.0), "of values divided by the largest of their group"
+
+
+@pytest.mark.parametrize("fmt", TABLES, ids=lambda f: f.name)
 def test_a_codebook_has_a_level_per_code_and_reaches_to_both_sides(fmt):
     assert len(fmt.levels) == 2**fmt.bits
     below, above = fmt.reach

@@ -18,7 +18,7 @@ from tests.helpers import (
     rtn,
 )
 from zeropoint.kernels import reference
-from zeropoint.numerics import dequantize, get_format, quantize
+from zeropoint.numerics import Grid, dequantize, get_format, quantize
 
 grids = pytest.mark.parametrize(("name", "symmetric"), GRIDS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -37,10 +37,10 @@ def rejected(what):
 def quantized_blocks(name, symmetric):
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     q = quantize(weight, name, granularity="group", group_size=16, symmetric=symmetric)
-    image = dequantize(q.codes, q.scale, q.zero_point, name)
+    image = dequantize(*q, name)
     lost = q.scale.clone()
     lost[2, 1] = 0.0
-    without = dequantize(q.codes, lost, q.zero_point, name)
+    without = dequantize(q.codes, lost, *q[2:], name)
     return weight.view(4, 4, 16), image.view(4, 4, 16), without.view(4, 4, 16), q
 
 
@@ -48,10 +48,10 @@ def quantized_blocks(name, symmetric):
 def test_assert_nearest_rejects_what_is_not_the_image(name, symmetric):
     values, image, without, q = quantized_blocks(name, symmetric)
     fmt = get_format(name)
-    assert_nearest(values, image, q.scale, q.zero_point, fmt)
+    assert_nearest(values, image, Grid(*q[1:]), fmt)
     for what, wrong in corruptions(image, without):
         with rejected(what):
-            assert_nearest(values, wrong, q.scale, q.zero_point, fmt)
+            assert_nearest(values, wrong, Grid(*q[1:]), fmt)
 
 
 @pytest.mark.parametrize(("name", "symmetric"), [g for g in GRIDS if g[0].startswith("int")])

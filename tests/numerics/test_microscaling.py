@@ -117,7 +117,7 @@ def test_values_are_those_of_the_elements_times_the_scale(name):
     codes = torch.tensor([[0, 1, 3, 5]], dtype=torch.uint8)
     scale = torch.tensor([[119]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
     fmt = get_format(name)
-    found = dequantize(codes if fmt.dtype is None else codes.view(fmt.dtype), scale, None, name)
+    found = dequantize(codes if fmt.dtype is None else codes.view(fmt.dtype), scale, format=name)
     table = elements(name)
     assert found[0].tolist() == [float(table[c] / 256) for c in (0, 1, 3, 5)]
 

@@ -21,6 +21,7 @@ from tests.helpers import (
 from zeropoint.errors import NonFiniteError, RecipeError, ScaleRangeError, UnknownNameError
 from zeropoint.numerics import (
     FORMATS,
+    Grid,
     check_finite,
     dequantize,
     fake_quantize,
@@ -29,7 +30,7 @@ from zeropoint.numerics import (
     quantization_error,
     quantize,
 )
-from zeropoint.numerics.formats import SCALE_DTYPES
+from zeropoint.numerics.formats import LEVELS_DTYPE, SCALE_DTYPES
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 grids = pytest.mark.parametrize(("name", "symmetric"), GRIDS)
@@ -38,7 +39,7 @@ scale_dtypes = pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 
 def image_of(weight, name, **options):
     q = quantize(weight, name, **options)
-    return q, dequantize(q.codes, q.scale, q.zero_point, name)
+    return q, dequantize(*q, name)
 
 
 def check_image(weight, name, q, image):
@@ -53,7 +54,7 @@ def check_image(weight, name, q, image):
     assert not has_units(fmt) or (image[weight == 0] == 0).all()
     assert (q.scale > 0).all() and torch.isfinite(q.scale).all()
     blocks = (*q.scale.shape, -1)
-    assert_nearest(weight.reshape(blocks), image.reshape(blocks), q.scale, q.zero_point, fmt)
+    assert_nearest(weight.reshape(blocks), image.reshape(blocks), Grid(*q[1:]), fmt)
 
 
 @grids
@@ -116,6 +117,8 @@ def test_a_constant_is_exact_up_to_its_scales_dtype(name, symmetric, scale_dtype
     eps = torch.finfo(SCALE_DTYPES[scale_dtype]).eps
     # Where 1 is no level: the level and the product are rounded too.
     slack = 0.0 if has_units(get_format(name)) else 2 * UNIT_ROUNDOFF * weight
+    if get_format(name).learns_levels:  # close to 1, rounded to float16
+        slack = weight * torch.finfo(LEVELS_DTYPE).eps
     assert (image >= weight - slack).all() and (image <= weight + eps * weight + slack).all()
 
 
@@ -154,9 +157,11 @@ def test_scaling_by_a_power_of_two_scales_the_image(name, symmetric, values, exp
     assert torch.equal(scaled, image * 2.0**exponent)
 
 
-@pytest.mark.parametrize("name", [f.name for f in SCALED if f.name not in ("nf4", "iq4nl")])
+@pytest.mark.parametrize("name", [f.name for f in SCALED if f.name not in ("nf4", "iq4nl", "any4")])
 def test_symmetric_grids_treat_both_signs_alike(name):
-    """All but nf4 and iq4nl, whose levels are not symmetric. Random values: fp4 sends ties down."""
+    """All but nf4 and iq4nl, whose levels are not symmetric, and any4, which may learn others.
+    Random values: fp4 sends ties down.
+    """
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     _, image = image_of(weight, name)
     _, mirrored = image_of(-weight, name)
@@ -291,6 +296,12 @@ def test_dequantize_without_a_scale_says_what_is_missing(fmt):
     q = quantize(torch.ones(2, 4), fmt.name)
     with pytest.raises(RecipeError, match=f"scale is None, but {fmt.name} needs one"):
         dequantize(q.codes, None, format=fmt.name)
+
+
+def test_dequantize_without_levels_that_were_learned_says_what_is_missing():
+    q = quantize(torch.ones(2, 4), "any4")
+    with pytest.raises(RecipeError, match="levels is None, but any4 needs them: those that `quant"):
+        dequantize(q.codes, q.scale, format="any4")
 
 
 def test_a_value_too_large_for_a_downcast_names_value_and_limit():

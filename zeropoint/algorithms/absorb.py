@@ -74,22 +74,17 @@ def _hessian(reads: Tensor, moment: Tensor | None) -> Tensor:
 
 def _grid(weight: QTensor, wanted: Tensor, start: QTensor) -> Grid:
     """The grid of the weight; for blocks where rounding on it loses more, the one that spans the
-    range. Scales in 8 bits are kept.
+    range: for rows, where they have levels of their own. Scales in 8 bits are kept.
     """
-    assert weight.scales is not None and start.scale is not None
-    old = Grid(weight.scales, weight.zero_point)
-    scheme = weight.scheme
+    old, scheme = weight.grid, weight.scheme
     if scheme.double_quant:
         return old
     blocks = blocked(wanted, scheme.granularity, scheme.group_size)
-    new = Grid(start.scale, start.zero_point)
+    new = start.grid
 
     def error(grid: Grid) -> Tensor:
-        codes = grid_codes(blocks, *grid, scheme.fmt)
-        return (grid_values(codes, *grid, scheme.fmt) - blocks).square_().sum(-1)
+        codes = grid_codes(blocks, grid, scheme.fmt)
+        of_blocks = (grid_values(codes, grid, scheme.fmt) - blocks).square_().sum(-1)
+        return of_blocks if grid.levels is None else of_blocks.sum(1, keepdim=True)
 
-    wins = error(new) < error(old)
-    zero_point = old.zero_point
-    if zero_point is not None and new.zero_point is not None:
-        zero_point = torch.where(wins, new.zero_point, zero_point)
-    return Grid(torch.where(wins, new.scale, old.scale), zero_point)
+    return old.where(error(new) < error(old), new)

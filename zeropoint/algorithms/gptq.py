@@ -9,7 +9,7 @@ of step s it is expected to be s^2 / 12 tr(D), that of plain rounding s^2 / 12 t
 Columns go in order of falling H_kk (static act-order): grids are fixed before, from the original
 weights, so nothing has to be permuted at inference. Sweeps of coordinate descent follow, which can
 only lower the loss: every column is rounded again with all the others where they are, and scales
-are refitted to the codes by least squares in the same norm.
+are refitted to the codes by least squares in the same norm, as are levels that are learned.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def gptq(
     damped.diagonal().add_(factors.damping * h.diagonal().mean())
     for _ in range(sweeps):
         grid = _refit(weight, codes, grid, scheme, damped)
+        if grid.levels is not None:
+            codes, grid = _refit_levels(weight, codes, grid, scheme, damped)
         codes = descend(weight, codes, grid, scheme, damped, permutation)
     found = Choice(weight=_stored(codes, grid, weight, scheme), algorithm="gptq")
     found = _least(measured(found, weight, h), rounded)
@@ -193,13 +195,15 @@ class _Columns(NamedTuple):
     """A grid spread over the columns, transposed so that one column is contiguous. (K, N) each.
 
     Integer formats count in levels l = code - zero_point, between low and high: value = scale * l.
-    zero: a zero point with a fraction; levels are whole numbers less it.
+    zero: a zero point with a fraction; levels are whole numbers less it. rows: (N, L), levels that
+    are learned.
     """
 
     scale: Tensor
     low: Tensor | None
     high: Tensor | None
     zero: Tensor | None
+    rows: Tensor | None
     fmt: Format
 
     @classmethod
@@ -211,10 +215,12 @@ class _Columns(NamedTuple):
 
         scale = spread(grid.scale)
         if fmt.kind != "integer":
-            return cls(scale, None, None, None, fmt)
+            rows = None if grid.levels is None else grid.levels.expand(shape[0], -1)
+            return cls(scale, None, None, None, rows, fmt)
         zero = torch.zeros_like(scale) if grid.zero_point is None else spread(grid.zero_point)
         fraction = grid.zero_point is not None and grid.zero_point.is_floating_point()
-        return cls(scale, fmt.q_min - zero, fmt.q_max - zero, zero if fraction else None, fmt)
+        low, high = fmt.q_min - zero, fmt.q_max - zero
+        return cls(scale, low, high, zero if fraction else None, None, fmt)
 
     def round(self, k: int, target: Tensor) -> Tensor:
         """The values nearest to target on the grid of column k. target: (N,) float32, reused."""
@@ -226,9 +232,9 @@ class _Columns(NamedTuple):
             else:
                 levels.add_(self.zero[k]).round_().sub_(self.zero[k])
             return torch.clamp(levels, self.low[k], self.high[k]).mul_(scale)
-        scale = scale.unsqueeze(-1)
-        codes = grid_codes(target.view(-1, 1, 1), scale, None, self.fmt)
-        return grid_values(codes, scale, None, self.fmt).view(-1)
+        grid = Grid(scale.unsqueeze(-1), None, self.rows)
+        codes = grid_codes(target.view(-1, 1, 1), grid, self.fmt)
+        return grid_values(codes, grid, self.fmt).view(-1)
 
 
 def feedback(
@@ -296,7 +302,7 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor)
     if rows != n:
         return grid
     w = weight.detach().float()
-    levels = _values(codes, Grid(torch.ones_like(grid.scale), grid.zero_point), scheme)
+    levels = _values(codes, grid._replace(scale=torch.ones_like(grid.scale)), scheme)
     at_once = max(1, REFIT_ELEMENTS // (groups * k))
     h = h.float()
     dtype = get_scale_dtype(scheme.scale_dtype)
@@ -309,7 +315,7 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor)
             strict=True,
         )
     ]
-    return Grid(torch.cat(parts), grid.zero_point)
+    return grid._replace(scale=torch.cat(parts))
 
 
 def _solved(wh: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
@@ -321,37 +327,86 @@ def _solved(wh: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.d
     right = (blocks * wh.view(blocks.shape)).sum(-1).double()
     products = torch.bmm(blocks.transpose(0, 1), h.view(groups, -1, h.shape[1]))  # (G, n, K)
     left = (products.view(groups, n, groups, -1) * blocks).sum(-1).transpose(0, 1)
-    system = left.double()
-    mean = system.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(torch.finfo(torch.float64).tiny)
-    old = scale.double()
-    # Tikhonov towards the old scales: a group whose codes are all zero says nothing about its own.
-    ridge = 1e-6 * mean[:, None]
-    ridged = system + torch.diag_embed(ridge.expand(n, groups))
+    system, old = left.double(), scale.double()
+    new = _least_squares(system, right, old)
+    floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
+    usable = (new.abs() > floor) & (new.abs() < limit) & (new * old > 0)  # a scale keeps its sign
+    stored = torch.where(usable, new, old).to(dtype)
+    return torch.where(_loses_less(system, right, stored, scale), stored, scale)
+
+
+def _least_squares(system: Tensor, right: Tensor, old: Tensor) -> Tensor:
+    """x of system x = right, else old. system: (n, P, P); right, old: (n, P), float64.
+
+    Tikhonov towards the old: a group whose codes are all zero says nothing about its scale, nor
+    does a row about a level that no code stands for.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    ridge = 1e-6 * system.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp_min(tiny)
+    ridged = system + torch.diag_embed(ridge.expand(old.shape))
     solved, info = torch.linalg.solve_ex(ridged, (right + ridge * old).unsqueeze(-1))
     new = solved.squeeze(-1)
-    floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
-    usable = torch.isfinite(new) & (new.abs() > floor) & (new.abs() < limit) & (info == 0)[:, None]
-    usable &= new * old > 0  # a scale keeps its sign
-    stored = torch.where(usable, new, old).to(dtype)
+    return torch.where(torch.isfinite(new) & (info == 0)[:, None], new, old)
 
-    def loss(scales: Tensor) -> Tensor:  # but for w H w^T, which is the same for all
-        s = scales.double().unsqueeze(-1)
-        return ((system @ s - 2 * right.unsqueeze(-1)) * s).sum((1, 2))
 
-    return torch.where((loss(stored) < loss(scale))[:, None], stored, scale)
+def _loses_less(system: Tensor, right: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Whether a row's loss is less with the new parameters, as they are stored. Returns (n, 1)."""
+
+    def loss(parameters: Tensor) -> Tensor:  # but for w H w^T, which is the same for both
+        x = parameters.double().unsqueeze(-1)
+        return ((system @ x - 2 * right.unsqueeze(-1)) * x).sum((1, 2))
+
+    return (loss(new) < loss(old))[:, None]
+
+
+def _refit_levels(
+    weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor
+) -> tuple[Tensor, Grid]:
+    """Levels of least output error for these codes: per row, (C H C^T) l = C H w.
+
+    C: (L, K) holds the scale of a column in the row of its code. Kept as `_refit` keeps scales, and
+    in ascending order, which the codes follow. Returns codes (N, K) and the grid.
+    """
+    assert grid.levels is not None
+    n, k = weight.shape
+    if len(grid.levels) != n:
+        return codes, grid
+    count = grid.levels.shape[1]
+    w, h = weight.detach().float(), h.float()
+    ones = torch.ones_like(grid.levels)
+    scales = _values(codes, grid._replace(levels=ones), scheme)
+    at_once = max(1, REFIT_ELEMENTS // (count * k))
+    parts = []
+    for wh, s, q, old in zip(
+        (w @ h).split(at_once),
+        scales.split(at_once),
+        codes.split(at_once),
+        grid.levels.split(at_once),
+        strict=True,
+    ):
+        c = torch.zeros(len(q), count, k, device=w.device).scatter_(
+            1, q.long()[:, None], s[:, None]
+        )
+        system = ((c.view(-1, k) @ h).view(c.shape) @ c.mT).double()
+        right = (c @ wh.unsqueeze(-1)).squeeze(-1).double()
+        new = _least_squares(system, right, old.double()).to(old.dtype)
+        parts.append(torch.where(_loses_less(system, right, new, old), new, old))
+    levels, order = torch.cat(parts).sort(dim=1)
+    ranks = order.argsort(dim=1)
+    return ranks.gather(1, codes.long()).to(codes.dtype), grid._replace(levels=levels)
 
 
 def _codes(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     blocks = weight.detach().reshape(*grid.scale.shape, -1)
-    return grid_codes(blocks, grid.scale, grid.zero_point, scheme.fmt).view(weight.shape)
+    return grid_codes(blocks, grid, scheme.fmt).view(weight.shape)
 
 
 def _values(codes: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
     blocks = codes.reshape(*grid.scale.shape, -1)
-    return grid_values(blocks, grid.scale, grid.zero_point, scheme.fmt).view(codes.shape)
+    return grid_values(blocks, grid, scheme.fmt).view(codes.shape)
 
 
 def _stored(codes: Tensor, grid: Grid, weight: Tensor, scheme: Scheme) -> QTensor:
-    quantized = Quantized(codes, grid.scale, grid.zero_point)
+    quantized = Quantized(codes, *grid)
     check_image(weight, quantized, scheme.format)
     return QTensor.from_codes(quantized, scheme, weight.dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zeropoint.algorithms.choice import Choice, Moments
 from zeropoint.algorithms.rtn import rtn
-from zeropoint.numerics import Quantized, blocked, check_image, grid_codes
+from zeropoint.numerics import Grid, Quantized, blocked, check_image, grid_codes
 from zeropoint.numerics.learned import stored_grid
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
@@ -44,7 +44,7 @@ def hqq(weight: Tensor, scheme: Scheme) -> QTensor:
     best, least = zero_point, torch.full(scale.shape, torch.inf, device=scale.device)
     beta = BETA
     for _ in range(ROUNDS):
-        codes = grid_codes(blocks, scale, zero_point, fmt).float()
+        codes = grid_codes(blocks, Grid(scale, zero_point), fmt).float()
         residual = steps - (codes - zero_point.float().unsqueeze(-1))
         size = residual.abs()
         loss = size.pow(NORM).sum(-1)
@@ -54,8 +54,8 @@ def hqq(weight: Tensor, scheme: Scheme) -> QTensor:
         moved = (codes - steps + sparse).mean(-1)
         zero_point = _stored(scale, moved, scheme)
         beta *= GROWTH
-    codes = grid_codes(blocks, scale, best, fmt).view(weight.shape)
-    quantized = Quantized(codes, scale, best)
+    grid = Grid(scale, best)
+    quantized = Quantized(grid_codes(blocks, grid, fmt).view(weight.shape), *grid)
     check_image(weight, quantized, scheme.format)
     return QTensor.from_codes(quantized, scheme, weight.dtype)
 

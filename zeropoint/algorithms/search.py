@@ -7,7 +7,8 @@ squares, rounded to the stored dtype, and the codes chosen again (k-quants' make
 whose stored minimum is -s z with a float z).
 The grid that spans the range is always a candidate, so the result is never worse than rounding in
 this norm. Symmetric grids of few codes are tried with both signs of s: they have one code more on
-one side of 0 (llama.cpp's Q4_0).
+one side of 0 (llama.cpp's Q4_0). Levels that are learned are refitted in turn with the scales: the
+best levels of a row for its scales and codes are weighted means, so no step makes it worse.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from zeropoint.numerics import (
     get_scale_dtype,
     grid_codes,
     grid_values,
+    levels_for,
 )
 from zeropoint.numerics.affine import round_scale, round_zero_point
 from zeropoint.qtensor import QTensor, weight_in_units
@@ -39,6 +41,7 @@ LARGE_ELEMENTS = (
 CHUNK_ELEMENTS = 1 << 18  # a megabyte of float32: the search's temporaries stay in the cache
 REFITS = 2
 FLOAT_REFITS = 8  # of a float zero point, which takes longer to settle
+LEVEL_REFITS = 4  # of levels and scales in turn
 # By bits: the smallest share of the range worth trying, and how many are tried. The best clip of a
 # Gaussian is at 1.5, 2.0, 2.5, 2.9, 3.3 and 3.9 sigma for 2, 3, 4, 5, 6 and 8 bits; the range of 32
 # to 1024 values is 2.1 to 3.4 sigma on either side.
@@ -71,8 +74,7 @@ def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> 
         return start
     grid = search_grid(values, plain, importance, start=start)
     blocks = blocked(values, scheme.granularity, scheme.group_size)
-    codes = grid_codes(blocks, grid.scale, grid.zero_point, fmt).view(weight.shape)
-    quantized = Quantized(codes, grid.scale, grid.zero_point)
+    quantized = Quantized(grid_codes(blocks, grid, fmt).view(weight.shape), *grid)
     check_image(values, quantized, scheme.format)
     return QTensor.from_codes(quantized, plain, weight.dtype).with_scheme(scheme, unit)
 
@@ -89,7 +91,8 @@ def search_grid(
 
     importance: (K,) or None. Returns scales of the scheme's dtype and zero points, as stored.
     """
-    assert start.scale is not None
+    fmt, dtype = scheme.fmt, get_scale_dtype(scheme.scale_dtype)
+    find = _search_levels if fmt.learns_levels else _search_rows
     blocks = blocked(weight, scheme.granularity, scheme.group_size)
     _, groups, width = blocks.shape
     if importance is None or not bool((importance > 0).any()):
@@ -101,27 +104,12 @@ def search_grid(
         rows = weight.numel() // k if scheme.granularity == "tensor" else 1
         weights = weights.expand(rows, k).reshape(1, groups, width)
     rows_at_once = max(1, CHUNK_ELEMENTS // (groups * width))
-    parts = [
-        _search_rows(
-            b.float(), weights, Grid(s, z), scheme.fmt, get_scale_dtype(scheme.scale_dtype)
-        )
-        for b, s, z in zip(
-            blocks.split(rows_at_once),
-            start.scale.split(rows_at_once),
-            _split(start.zero_point, rows_at_once, len(blocks)),
-            strict=True,
-        )
-    ]
-    scale = torch.cat([p.scale for p in parts])
-    if start.zero_point is None:
-        return Grid(scale, None)
-    return Grid(scale, torch.cat([p.zero_point for p in parts if p.zero_point is not None]))
-
-
-def _split(zero_point: Tensor | None, size: int, rows: int) -> list[Tensor | None]:
-    if zero_point is None:
-        return [None] * -(-rows // size)
-    return list(zero_point.split(size))
+    parts = []
+    for at in range(0, len(blocks), rows_at_once):
+        chunk = slice(at, at + rows_at_once)
+        first = start.grid.rows(chunk)
+        parts.append(find(blocks[chunk].float(), weights, first, fmt, dtype))
+    return Grid.joined(parts)
 
 
 def _search_rows(
@@ -136,6 +124,42 @@ def _search_rows(
         tried = _refit(blocks, weights, best, fmt, dtype)
         best, best_error = _better(blocks, weights, best, best_error, tried, fmt)
     return best
+
+
+def _search_levels(
+    blocks: Tensor, weights: Tensor, start: Grid, fmt: Format, dtype: torch.dtype
+) -> Grid:
+    """Scales and levels in turn, each the best for the other and the codes."""
+
+    def error(grid: Grid) -> Tensor:  # of each row
+        return _error(blocks, weights, grid, fmt).sum(1, keepdim=True)
+
+    best, least = start, error(start)
+    tried = start._replace(levels=levels_for(blocks, start.scale, fmt, weights))
+    for _ in range(LEVEL_REFITS + 1):
+        found = error(tried)
+        best, least = best.where(found < least, tried), torch.minimum(found, least)
+        tried = _refit(blocks, weights, tried, fmt, dtype)
+        tried = tried._replace(levels=_means(blocks, weights, tried, fmt))
+    return best
+
+
+def _means(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format) -> Tensor:
+    """The levels of least weighted squared error for the codes that `grid` gives. (R, L).
+
+    level_l = sum k s w / sum k s^2 over the values of code l; one without values stays.
+    """
+    old = grid.levels
+    assert old is not None
+    codes = grid_codes(blocks, grid, fmt).flatten(1).long()
+    scaled = (weights * grid.scale.unsqueeze(-1).float()).expand_as(blocks)
+
+    def sums(part: Tensor) -> Tensor:
+        zeros = torch.zeros(old.shape, dtype=torch.float64, device=blocks.device)
+        return zeros.scatter_add_(1, codes, part.flatten(1).double())
+
+    sll, slw = sums(scaled * grid.scale.unsqueeze(-1).float()), sums(scaled * blocks)
+    return torch.where(sll > 0, slw / sll, old.double()).to(old.dtype)
 
 
 def _shares(fmt: Format, dtype: torch.dtype) -> list[float]:
@@ -168,8 +192,7 @@ def _shrunk(grid: Grid, share: float, fmt: Format, dtype: torch.dtype) -> list[G
 
 
 def _error(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format) -> Tensor:
-    codes = grid_codes(blocks, grid.scale, grid.zero_point, fmt)
-    image = grid_values(codes, grid.scale, grid.zero_point, fmt)
+    image = grid_values(grid_codes(blocks, grid, fmt), grid, fmt)
     return (image.sub_(blocks).square_() * weights).sum(-1)
 
 
@@ -177,13 +200,7 @@ def _better(
     blocks: Tensor, weights: Tensor, best: Grid, best_error: Tensor, tried: Grid, fmt: Format
 ) -> tuple[Grid, Tensor]:
     error = _error(blocks, weights, tried, fmt)
-    wins = error < best_error
-    scale = torch.where(wins, tried.scale, best.scale)
-    zero_point = best.zero_point
-    if zero_point is not None:
-        assert tried.zero_point is not None
-        zero_point = torch.where(wins, tried.zero_point, zero_point)
-    return Grid(scale, zero_point), torch.where(wins, error, best_error)
+    return best.where(error < best_error, tried), torch.minimum(error, best_error)
 
 
 def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torch.dtype) -> Grid:
@@ -193,9 +210,8 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
     s = sum k w l / sum k l^2; with one, w = s l + m is fitted first: z = round(-m / s), then s; or
     s, then z = mean l - mean w / s where it is a float.
     """
-    codes = grid_codes(blocks, grid.scale, grid.zero_point, fmt)
     one = torch.ones_like(grid.scale, dtype=torch.float32)
-    levels = grid_values(codes, one, None, fmt)
+    levels = grid_values(grid_codes(blocks, grid, fmt), Grid(one, None, grid.levels), fmt)
     weighted = levels * weights
     sll = (weighted * levels).sum(-1)
     swl = (weighted * blocks).sum(-1)
@@ -220,4 +236,4 @@ def _refit(blocks: Tensor, weights: Tensor, grid: Grid, fmt: Format, dtype: torc
     scale = swl / torch.where(sll > 0, sll, 1.0)
     same_sign = scale.sign() == grid.scale.float().sign()
     scale = torch.where((sll > 0) & same_sign, scale, grid.scale.float())
-    return Grid(round_scale(scale, dtype), zero_point)
+    return Grid(round_scale(scale, dtype), zero_point, grid.levels)

@@ -1,8 +1,8 @@
 """The native format: safetensors + config.json + a manifest.
 `docs/checkpoint-format.md` is its specification.
 
-    model.safetensors   x.weight (packed, 1-D), its scale and zero_point, the rest as it is; in the
-                        header of each file the manifest: every tensor's scheme and shape
+    model.safetensors   x.weight (packed, 1-D), its scale, zero_point and levels, the rest as it is;
+                        in the header of each file the manifest: every tensor's scheme and shape
     config.json         the model's configuration, with quantization_config
     zeropoint.json      the manifest again, with every file's size and hash
 
@@ -33,7 +33,7 @@ from zeropoint.checkpoints.atomic import replace_directory
 from zeropoint.checkpoints.shard import as_bytes, write_file
 from zeropoint.errors import CheckpointError, ZeropointError
 from zeropoint.progress import OnStep, no_progress
-from zeropoint.qtensor import QTensor, check_parts, empty, part_specs
+from zeropoint.qtensor import PARTS, QTensor, check_parts, empty, part_specs
 from zeropoint.scheme import Recipe, Scheme
 
 FORMAT_VERSION = 1
@@ -46,7 +46,6 @@ LIVE_HEADER = {"zeropoint_state": "live"}  # of files that transformers writes w
 MAX_SHARD_BYTES = 1_000_000_000  # a file is hashed while the next one is written
 SLACK_BYTES = 32_000_000  # headers, configuration, tokenizer: what is beside the tensors
 _HASHERS = 4  # threads
-_SUFFIXES = ("", "_scale", "_zero_point")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,17 +500,10 @@ def _read_tensors(path: Path, files: list[str]) -> dict[str, Tensor]:
 
 def _qtensor(name: str, row: Any, stored: dict[str, Tensor]) -> QTensor:
     """Take a weight's parts out of `stored`."""
-    parts = {s: stored.pop(name + s) for s in _SUFFIXES if name + s in stored}
+    parts = {s: stored.pop(name + s) for s in PARTS if name + s in stored}
     scheme, shape, dtype = _weight_row(name, row)
     check_parts(name, parts, shape, scheme)
-    return QTensor(
-        packed=parts[""],
-        scale=parts.get("_scale"),
-        zero_point=parts.get("_zero_point"),
-        scheme=scheme,
-        shape=shape,
-        dtype=dtype,
-    )
+    return QTensor.from_parts(parts, scheme=scheme, shape=shape, dtype=dtype)
 
 
 def _weight_row(name: str, row: Any) -> tuple[Scheme, torch.Size, torch.dtype]:
@@ -612,8 +604,10 @@ def _tensor_problems(path: Path, manifest: Mapping[str, Any], files: list[str]) 
             signed = weight.scheme.symmetric and weight.scheme.fmt.signed_scale
             scale = weight.scale.abs() if signed else weight.scale
             problems += _float_problems(f"{name}_scale", scale, positive=True)
-        if weight.zero_point is not None:
-            problems += _float_problems(f"{name}_zero_point", weight.zero_point, positive=False)
+        for suffix in ("_zero_point", "_levels"):
+            if suffix in weight.parts:
+                part = weight.parts[suffix]
+                problems += _float_problems(f"{name}{suffix}", part, positive=False)
     for name, row in manifest["tensors"].items():
         try:
             is_scale = _is_input_scale(name, manifest)

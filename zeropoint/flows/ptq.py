@@ -230,9 +230,7 @@ def _budgeted(
 
 def _start(live: QModule) -> Grid:
     """The grid of least squared error: nearer than 2 mean |w| / sqrt(q_max), LSQ's section 2.1."""
-    found = search(live.float_weight().detach(), live.scheme.stored)
-    assert found.scale is not None
-    return Grid(found.scale, found.zero_point)
+    return search(live.float_weight().detach(), live.scheme.stored).grid
 
 
 @dataclass(frozen=True, kw_only=True)

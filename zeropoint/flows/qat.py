@@ -309,7 +309,7 @@ def _optimizer(
     rates: dict[int, float] = {}
     for module in modules.values():
         if module.grid is not None:
-            scale, zero_point = module.grid
+            scale, zero_point, _ = module.grid
             rates[id(scale)] = options.scale_learning_rate * float(scale.detach().abs().mean())
             if zero_point is not None:
                 rates[id(zero_point)] = options.scale_learning_rate * module.scheme.fmt.real_max

@@ -8,8 +8,8 @@ operators. One contract for all kernels:
     zeropoint::image      y = dequantize(quantize(weight)), gradient passed straight through
     zeropoint::on_grid    the same on a grid that is given, whose gradient is that of LSQ
 
-A weight travels as its parts (packed, scale, zero_point) and its scheme's fields, because operators
-take tensors; `weight_arguments` and `_weight` convert.
+A weight travels as its parts (packed, scale, zero_point, levels) and its scheme's fields, because
+operators take tensors; `weight_arguments` and `_weight` convert.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from zeropoint.numerics import (
     get_scale_dtype,
 )
 from zeropoint.numerics.learned import grid_gradients, on_grid, stored_grid
-from zeropoint.qtensor import QTensor, part_specs
+from zeropoint.qtensor import PARTS, QTensor, part_specs
 from zeropoint.scheme import Scheme
 
 _WEIGHT = (
-    "Tensor packed, Tensor? scale, Tensor? zero_point, "
+    "Tensor packed, Tensor? scale, Tensor? zero_point, Tensor? levels, "
     "str format, str granularity, int group_size, str activations, int[] shape"
 )
 _LIBRARY = torch.library.Library("zeropoint", "DEF")
@@ -63,6 +63,7 @@ def weight_arguments(weight: QTensor) -> tuple[Any, ...]:
         weight.packed,
         weight.scale,
         weight.zero_point,
+        weight.levels,
         scheme.format,
         scheme.granularity,
         scheme.group_size or 0,
@@ -73,7 +74,9 @@ def weight_arguments(weight: QTensor) -> tuple[Any, ...]:
 
 def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
     """Inverse of `weight_arguments`, after checking that the parts fit together."""
-    packed, scale, zero_point, format, granularity, group_size, activations, shape = arguments
+    tensors = dict(zip(PARTS, arguments[: len(PARTS)], strict=True))
+    format, granularity, group_size, activations, shape = arguments[len(PARTS) :]
+    scale, zero_point = tensors["_scale"], tensors["_zero_point"]
     torch._check(
         len(shape) == 2, lambda: f"weight shape is {shape}; linear and embedding need (N, K)"
     )
@@ -91,14 +94,7 @@ def _weight(arguments: Sequence[Any], dtype: torch.dtype) -> QTensor:
         double_quant,
         activations,
     )
-    weight = QTensor(
-        packed=packed,
-        scale=scale,
-        zero_point=zero_point,
-        scheme=scheme,
-        shape=torch.Size(shape),
-        dtype=dtype,
-    )
+    weight = QTensor.from_parts(tensors, scheme=scheme, shape=shape, dtype=dtype)
     specs = _specs(weight.shape, scheme)
     parts = weight.parts
     torch._check(
@@ -186,8 +182,9 @@ def _linear_fake(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, packed, scale, zero_point, *scheme, _ = inputs
-    ctx.save_for_backward(packed, scale, zero_point, x if ctx.needs_input_grad[3] else None)
+    x, bias, packed, scale, zero_point, levels, *scheme, _ = inputs
+    seen = x if ctx.needs_input_grad[3] else None
+    ctx.save_for_backward(packed, scale, zero_point, levels, seen)
     ctx.scheme, ctx.dtype = scheme, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -205,7 +202,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     if ctx.needs_input_grad[3]:
         grad_scale = _scale_gradient(grad, x, weight)
-    return (grad_x, grad_bias, None, grad_scale, *([None] * 7))
+    return (grad_x, grad_bias, None, grad_scale, *([None] * 8))
 
 
 def _scale_gradient(grad: Tensor, x: Tensor, weight: QTensor) -> Tensor:
@@ -367,7 +364,7 @@ class EagerLinear:
     """
 
     def __init__(self, weight: QTensor, kernel: str) -> None:
-        self.parts = (weight.packed, weight.scale, weight.zero_point)
+        self.parts = (weight.packed, weight.scale, weight.zero_point, weight.levels)
         _weight(weight_arguments(weight), weight.dtype)
         bind = getattr(get_kernel(kernel), "bind_linear", None)
         plain = all(p is None or (type(p) is Tensor and p.is_contiguous()) for p in self.parts)
@@ -378,11 +375,12 @@ class EagerLinear:
 
     def holds(self, parts: dict[str, Tensor | None]) -> bool:
         """Whether these buffers still are the weight's parts."""
-        packed, scale, zero_point = self.parts
+        packed, scale, zero_point, levels = self.parts
         return (
             parts.get("weight") is packed
             and parts.get("weight_scale") is scale
             and parts.get("weight_zero_point") is zero_point
+            and parts.get("weight_levels") is levels
         )
 
     def takes(self, x: Tensor, bias: Tensor | None) -> bool:
@@ -447,7 +445,8 @@ def image(weight: Tensor, scheme: Scheme, grid: Grid | None = None) -> Tensor:
     if grid is not None:
         z: Tensor = torch.ops.zeropoint.on_grid(
             weight,
-            *grid,
+            grid.scale,
+            grid.zero_point,
             scheme.format,
             scheme.granularity,
             scheme.group_size or 0,

@@ -38,7 +38,9 @@ def weight_values(weight: QTensor) -> Tensor:
         for j in range(fmt.bits):
             bit = first_bit + j
             unsigned += ((stored[:, bit // 8] >> (bit % 8)) & 1) << j
-        if fmt.levels is not None:
+        if weight.levels is not None:
+            codes = weight.levels.double().expand(n, -1).gather(1, unsigned)
+        elif fmt.levels is not None:
             codes = torch.tensor(fmt.levels, dtype=torch.float64, device=stored.device)[unsigned]
         else:
             codes = (unsigned - 2 ** (fmt.bits - 1)).double()

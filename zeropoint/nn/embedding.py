@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from zeropoint.kernels import ops
 from zeropoint.nn.qmodule import QModule
-from zeropoint.numerics import Grid
 from zeropoint.scheme import Role, Scheme
 
 
@@ -65,8 +64,7 @@ class QEmbedding(QModule):
         if not len(rows):
             return rows.view(*indices.shape, self.embedding_dim)
         if grid is not None:
-            zero_point = None if grid.zero_point is None else grid.zero_point[chosen]
-            grid = Grid(grid.scale[chosen], zero_point)
+            grid = grid.rows(chosen)
         return ops.image(rows, self.scheme, grid).view(*indices.shape, self.embedding_dim)
 
     def _sizes(self, n: int, k: int) -> str:

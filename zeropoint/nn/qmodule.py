@@ -25,10 +25,10 @@ from zeropoint.numerics import (
     grid_codes,
 )
 from zeropoint.numerics.learned import stored_grid
-from zeropoint.qtensor import QTensor
+from zeropoint.qtensor import PARTS, QTensor
 from zeropoint.scheme import Role, Scheme
 
-PART_NAMES = {"": "weight", "_scale": "weight_scale", "_zero_point": "weight_zero_point"}
+PART_NAMES = {suffix: f"weight{suffix}" for suffix in PARTS}
 
 
 class QModule(nn.Module):
@@ -36,10 +36,10 @@ class QModule(nn.Module):
 
     Live: `weight` is the float parameter; the forward uses its quantized image and gradients reach
     the parameter; so are weight_scale and weight_zero_point, float32, where the grid is learned.
-    Frozen: the parts of a QTensor are buffers called weight, weight_scale and weight_zero_point,
-    which are also their names in state_dict and on disk; `.weight` returns the QTensor. A frozen
-    module that is tied to another holds no parts and reads the other's, so a tied weight is stored,
-    moved and saved once.
+    Frozen: the parts of a QTensor are buffers called weight, weight_scale, weight_zero_point and
+    weight_levels, which are also their names in state_dict and on disk; `.weight` returns the
+    QTensor. A frozen module that is tied to another holds no parts and reads the other's, so a tied
+    weight is stored, moved and saved once.
     """
 
     float_type: ClassVar[str]
@@ -114,17 +114,9 @@ class QModule(nn.Module):
 
     def _qweight(self, scheme: Scheme) -> QTensor:
         """The frozen weight under a scheme that differs in how its inputs are treated."""
-        parts = self._parts()
-        packed = parts["weight"]
-        assert packed is not None
-        return QTensor(
-            packed=packed,
-            scale=parts.get("weight_scale"),
-            zero_point=parts.get("weight_zero_point"),
-            scheme=scheme,
-            shape=torch.Size(self.shape),
-            dtype=self._dtype,
-        )
+        held = self._parts()
+        parts = {suffix: held.get(name) for suffix, name in PART_NAMES.items()}
+        return QTensor.from_parts(parts, scheme=scheme, shape=self.shape, dtype=self._dtype)
 
     def _parts(self) -> dict[str, Tensor | None]:
         """The buffers that hold the frozen weight, and its scale where that is being trained."""
@@ -240,9 +232,10 @@ class QModule(nn.Module):
         for values in (weight, *(part.detach() for part in self.grid if part is not None)):
             check_finite(values)
         dtype, float_zero = get_scale_dtype(scheme.scale_dtype), scheme.float_zero_point
-        grid = stored_grid(*self.grid, scheme.fmt, dtype, float_zero_point=float_zero)
+        scale, zero_point, _ = self.grid
+        grid = stored_grid(scale, zero_point, scheme.fmt, dtype, float_zero_point=float_zero)
         blocks = blocked(weight, scheme.granularity, scheme.group_size)
-        codes = grid_codes(blocks, *grid, scheme.fmt).view(weight.shape)
+        codes = grid_codes(blocks, grid, scheme.fmt).view(weight.shape)
         return QTensor.from_codes(Quantized(codes, *grid), scheme, weight.dtype)
 
     @property

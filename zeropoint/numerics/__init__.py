@@ -9,7 +9,7 @@ Pure functions of tensors, usable alone:
 (tensor([[-128,  -43,   -1,  127]], dtype=torch.int8),
  tensor([[0.0118]]),
  tensor([[-43]], dtype=torch.int8))
->>> dequantize(q.codes, q.scale, q.zero_point, "int8")
+>>> dequantize(*q, "int8")
 tensor([[-1.0000,  0.0000,  0.4941,  2.0000]])
 >>> quantization_error(weight, fake_quantize(weight, "int8", symmetric=False)).max
 0.00588...
@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from zeropoint.errors import NonFiniteError, RecipeError, ScaleRangeError, UnknownNameError, nearest
-from zeropoint.numerics import affine, microscaling, tensor_scale
+from zeropoint.numerics import affine, kmeans, microscaling, tensor_scale
 from zeropoint.numerics.formats import (
     FORMATS,
+    LEVELS_DTYPE,
     SCALE_DTYPES,
     SMALL_SCALE_DTYPES,
     Format,
@@ -40,6 +41,7 @@ from zeropoint.numerics.two_level import CODINGS
 
 __all__ = [
     "FORMATS",
+    "LEVELS_DTYPE",
     "Format",
     "Grid",
     "QuantizationError",
@@ -55,6 +57,7 @@ __all__ = [
     "grid_codes",
     "grid_values",
     "in_units",
+    "levels_for",
     "pack",
     "quantization_error",
     "quantize",
@@ -70,12 +73,14 @@ class Quantized(NamedTuple):
     codes: the shape of the values; int8 (integer formats), uint8 (codebooks), float8 or
     float16/bfloat16.
     scale: (R, G) of the scale dtype, or None for a downcast. zero_point: (R, G) int8 or
-    float16, or None where it is 0. R and G are given in `numerics.granularity`.
+    float16, or None where it is 0. levels: (R, 2^bits) float16, ascending, where the format learns
+    them, else None. R and G are given in `numerics.granularity`.
     """
 
     codes: Tensor
     scale: Tensor | None
     zero_point: Tensor | None
+    levels: Tensor | None = None
 
 
 class QuantizationError(NamedTuple):
@@ -135,7 +140,8 @@ def quantize(
     default "group" when there is a group_size (values along K that share a scale), else "channel".
     symmetric: zero_point is 0; False is for integer formats only. float_zero_point: it is float16,
     and 0 need not be on the grid; with symmetric=False. The grid spans each block's minimum and
-    maximum; of a scale_dtype of 8 bits see `microscaling` and `tensor_scale`.
+    maximum; of a scale_dtype of 8 bits see `microscaling` and `tensor_scale`. Levels that the
+    format learns are those of least squared error for these scales.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError, UnknownNameError, RecipeError.
     """
     fmt = get_format(format)
@@ -173,8 +179,9 @@ def quantize(
             affine.float_zero_parameters if float_zero_point else affine.asymmetric_parameters
         )
         scale, zero_point = parameters(blocks, fmt, dtype)
-    codes = grid_codes(blocks, scale, zero_point, fmt)
-    quantized = Quantized(codes.view(values.shape), scale, zero_point)
+    levels = levels_for(blocks, scale, fmt) if fmt.learns_levels else None
+    grid = Grid(scale, zero_point, levels)
+    quantized = Quantized(grid_codes(blocks, grid, fmt).view(values.shape), *grid)
     check_image(values, quantized, format)
     return quantized
 
@@ -184,6 +191,27 @@ _SPECIFIED: dict[torch.dtype, Callable[[Tensor, float], Tensor]] = {
     torch.float8_e4m3fn: tensor_scale.block_scale,
 }
 """How scales of 8 bits are chosen: (blocks, largest element) -> scales."""
+
+
+def levels_for(
+    blocks: Tensor, scale: Tensor, fmt: Format, importance: Tensor | None = None
+) -> Tensor:
+    """The levels of least squared error for given scales, as they are stored.
+
+    minimise, for each row:  sum importance (real - scale * levels[code])^2
+
+    blocks: (R, G, B) float; scale: (R, G) > 0; importance: (1 or R, G, B) float > 0, or None for 1.
+    Returns (R, 2^bits) float16, ascending.
+    """
+    scale = scale.unsqueeze(-1).float()
+    weights = (
+        scale / scale.amax(dim=1, keepdim=True)
+    ).square()  # which underflow where one is tiny
+    if importance is not None:
+        weights = weights * importance
+    values = (blocks.float() / scale).flatten(1)
+    weights = weights.expand(blocks.shape).flatten(1)
+    return kmeans.learned_levels(values, weights, 1 << fmt.bits).to(LEVELS_DTYPE)
 
 
 def in_units(
@@ -235,12 +263,13 @@ def dequantize(
     codes: Tensor,
     scale: Tensor | None,
     zero_point: Tensor | None = None,
+    levels: Tensor | None = None,
     format: str = "int8",
 ) -> Tensor:
     """real = scale * (codes - zero_point), or scale * levels[codes].
     Inverse of `quantize` up to rounding.
 
-    codes: any shape; scale, zero_point: (R, G) as `quantize` returned them. Returns float32 of the
+    codes: any shape; scale, zero_point, levels: as `quantize` returned them. Returns float32 of the
     codes' shape.
     """
     fmt = get_format(format)
@@ -248,8 +277,12 @@ def dequantize(
         return codes.float()
     if scale is None:
         raise RecipeError(f"scale is None, but {format} needs one: (1, 1), (N, 1) or (N, groups)")
+    if fmt.learns_levels and levels is None:
+        raise RecipeError(
+            f"levels is None, but {format} needs them: those that `quantize` returned"
+        )
     blocks = codes.reshape(*scale.shape, codes.numel() // max(1, scale.numel()))
-    return grid_values(blocks, scale, zero_point, fmt).view(codes.shape)
+    return grid_values(blocks, Grid(scale, zero_point, levels), fmt).view(codes.shape)
 
 
 def fake_quantize(
@@ -286,7 +319,7 @@ def fake_quantize(
         rows, groups = scale.shape
         coding = CODINGS[scale_dtype]
         scale = coding.expand(coding.compress(scale), (rows, groups))
-    return dequantize(q.codes, scale, q.zero_point, format).to(values.dtype)
+    return dequantize(q.codes, scale, q.zero_point, q.levels, format).to(values.dtype)
 
 
 def quantization_error(values: Tensor, image: Tensor) -> QuantizationError:

@@ -3,7 +3,7 @@
 Integer and codebook formats store a code per value and a scale per block of values:
 
     integer:   real = scale * (code - zero_point)
-    codebook:  real = scale * levels[code]
+    codebook:  real = scale * levels[code]      (levels of the format, or of the row of the weight)
     float8:    real = scale * code            (the code is itself a small float)
     downcast:  real = code                    (no scale: bfloat16, float16)
 """
@@ -26,9 +26,9 @@ class Format:
     """One number format.
 
     bits: storage bits of a code. kind: which of the four equations above applies.
-    levels: real values of the codes of a codebook, in code order. ties: the code of a value halfway
-    between two levels: of the lower one, or the even one, as small floats with the sign in their
-    highest bit round.
+    levels: real values of the codes of a codebook, in code order; None where they are learned for
+    each row of a weight. ties: the code of a value halfway between two levels: of the lower one, or
+    the even one, as small floats with the sign in their highest bit round.
     dtype: the torch dtype of a float8 or downcast code.
     group_size: values that share a scale unless the user says otherwise; None means one scale per
     channel.
@@ -61,6 +61,11 @@ class Format:
         return (1 << (self.bits - 1)) - 1
 
     @property
+    def learns_levels(self) -> bool:
+        """Whether the levels are learned for each row of a weight, and stored with it."""
+        return self.kind == "codebook" and self.levels is None
+
+    @property
     def signed_scale(self) -> bool:
         """Whether the scale of a symmetric grid may be negative, which puts the one code more that
         there is below 0 on the side of the largest value. Of 256 codes one is nothing.
@@ -75,8 +80,10 @@ class Format:
     @cached_property
     def reach(self) -> tuple[float, float]:
         """How far the grid goes below and above 0 at scale 1. Integers: without q_min, which a
-        symmetric grid does not use.
+        symmetric grid does not use. Levels that are learned are those of values within [-1, 1].
         """
+        if self.learns_levels:
+            return 1.0, 1.0
         if self.levels is not None:
             levels = torch.tensor(self.levels, dtype=torch.float32)
             return -levels.min().item(), levels.max().item()
@@ -165,6 +172,7 @@ _ROWS = (
         scale_dtype="float8_e4m3fn",
         double_quant=True,
     ),
+    Format(name="any4", bits=4, kind="codebook", group_size=64, scale_dtype="float16"),
     _mx("mxfp8_e4m3", torch.float8_e4m3fn),
     _mx("mxfp8_e5m2", torch.float8_e5m2),
     Format(name="float8_e4m3fn", bits=8, kind="float8", dtype=torch.float8_e4m3fn),
@@ -205,6 +213,9 @@ ELSEWHERE = {
     "w8a8": _INT8_INPUTS,
     "w8a16": "int8",
     "w4a16": "int4",
+    # SqueezeLLM, Core ML: a table of levels that is learned
+    "squeezellm": "any4",
+    "palettization": "any4",
     # torchao, microxcaling, compressed-tensors
     "mxfp8": "mxfp8_e4m3",
     "mxfp8_e4m3fn": "mxfp8_e4m3",
@@ -221,6 +232,9 @@ ELSEWHERE = {
     "half": "float16",
 }
 """What formats of other libraries are called here. Errors quote it; none of them is accepted."""
+
+LEVELS_DTYPE = torch.float16
+"""In what levels that are learned are stored."""
 
 SCALE_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,

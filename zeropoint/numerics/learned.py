@@ -40,8 +40,7 @@ def stored_grid(
 
 def on_grid(blocks: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """Every value's grid point. blocks: (R, G, B) float; returns the same shape in float32."""
-    codes = grid_codes(blocks, grid.scale, grid.zero_point, fmt)
-    return grid_values(codes, grid.scale, grid.zero_point, fmt)
+    return grid_values(grid_codes(blocks, grid, fmt), grid, fmt)
 
 
 def grid_gradients(

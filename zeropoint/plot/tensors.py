@@ -13,7 +13,7 @@ from zeropoint.errors import PlotError
 from zeropoint.evaluate.histogram import histogram as count
 from zeropoint.numerics import Format, quantization_error, rows_and_columns
 from zeropoint.numerics.granularity import blocked
-from zeropoint.numerics.grid import grid_values
+from zeropoint.numerics.grid import Grid, grid_values
 from zeropoint.plot.canvas import (
     BLUE,
     GREY,
@@ -181,8 +181,7 @@ def number_line(values: Tensor, weight: QTensor, *, ax: Axes | None = None) -> F
     fmt = weight.scheme.fmt
     if weight.scales is None:
         raise PlotError(f"{fmt.name} has no scale and no grid to draw; use plot.tensor")
-    scales = weight.scales
-    rows, groups = scales.shape
+    rows, groups = weight.scales.shape
     blocks = numbers(values).reshape(rows * groups, -1)
     if len(blocks) > MAX_LINES or blocks.shape[1] > MAX_ON_LINE:
         raise PlotError(
@@ -191,7 +190,7 @@ def number_line(values: Tensor, weight: QTensor, *, ax: Axes | None = None) -> F
         )
     codes = _all_codes(fmt)
     of_each = codes.expand(rows, groups, -1)
-    points = numbers(grid_values(of_each, scales, weight.zero_point, fmt)).reshape(len(blocks), -1)
+    points = numbers(grid_values(of_each, weight.grid, fmt)).reshape(len(blocks), -1)
     images = numbers(weight.dequantize(torch.float32)).reshape(blocks.shape)
 
     height = 1.0 + 0.75 * len(blocks)
@@ -255,7 +254,8 @@ def histogram(weight: Tensor, scheme: Scheme | str, *, ax: Axes | None = None) -
 
     weight: (N, K) float. scheme: or the name of a format, for its default scheme. Every block has a
     grid of its own, so values are drawn in units of it: value / scale, + zero point where there is
-    one. Vertical lines are the grid points. ax: where to draw, a new figure otherwise.
+    one. Vertical lines are the grid points, of all rows where each learns its own. ax: where to
+    draw, a new figure otherwise.
     Raises PlotError (a downcast, which has no grid, matplotlib is missing), and what
     `zp.numerics.quantize` raises.
     """
@@ -270,8 +270,9 @@ def histogram(weight: Tensor, scheme: Scheme | str, *, ax: Axes | None = None) -
     units = blocks / quantized.scales.float().unsqueeze(-1)
     if quantized.zero_point is not None:
         units += quantized.zero_point.unsqueeze(-1)
-    codes = _all_codes(fmt)
-    levels = grid_values(codes.view(1, 1, -1), torch.ones(1, 1), None, fmt).flatten()
+    rows = 1 if quantized.levels is None else len(quantized.levels)
+    unscaled = Grid(torch.ones(rows, 1), None, quantized.levels)
+    levels = grid_values(_all_codes(fmt).expand(rows, 1, -1), unscaled, fmt).flatten()
 
     ax = ax or new_axes(6.4, 3.4)
     counted = count(units, bins=128)
