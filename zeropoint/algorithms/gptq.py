@@ -40,6 +40,7 @@ from zeropoint.scheme import Scheme
 BLOCK = 128  # columns between two matrix products; the result does not depend on it
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of mean(diag H), tried in this order
 REFIT_ELEMENTS = 1 << 18  # of the largest temporary of a refit: a megabyte stays in the cache
+ROW_ELEMENTS = 1 << 23  # of a large weight that are worked on at a time; some ten such tensors are
 REVERSE_ELEMENTS = 1 << 20  # of a large matrix that are turned round at a time
 SWEEPS = 2  # of coordinate descent, each followed by a refit of the scales
 
@@ -128,29 +129,58 @@ def gptq(
             f"{DAMPING[-1]:g} * mean(diag H)",
         )
         return _least(measured(searched, weight, h), rounded)
-    codes = feedback(weight, grid, scheme, factors, permutation)
-    damped = h.clone()
-    damped.diagonal().add_(factors.damping * h.diagonal().mean())
-    for _ in range(sweeps):
-        grid = _refit(weight, codes, grid, scheme, damped)
-        if grid.levels is not None:
-            codes, grid = _refit_levels(weight, codes, grid, scheme, damped)
-        codes = descend(weight, codes, grid, scheme, damped, permutation)
+    rows = _some_rows(weight, grid)
+    fed = [feedback(w, g, scheme, factors, permutation) for w, g in rows]
+    pivots, damping = factors.pivots, factors.damping
+    del factors  # half a gigabyte where K is 8192, as every copy of H is
+    diagonal = h.diagonal().clone()
+    h.diagonal().add_(damping * diagonal.mean())
+    swept = [
+        _sweep(w, q, g, scheme, h, permutation, sweeps) for (w, g), q in zip(rows, fed, strict=True)
+    ]
+    h.diagonal().copy_(diagonal)
+    codes, grid = torch.cat([q for q, _ in swept]), Grid.joined([g for _, g in swept])
     found = Choice(weight=_stored(codes, grid, weight, scheme), algorithm="gptq")
     found = _least(measured(found, weight, h), rounded)
-    limit = error_limit(found.weight, weight, h, factors.pivots)
+    limit = error_limit(found.weight, weight, h, pivots)
     assert found.output_error is not None
-    geometric_mean = factors.pivots.log().mean().exp()
     found = replace(
         found,
-        hessian_gain=float(h.diagonal().sum() / factors.pivots.sum()),
-        limit_gain=float(h.diagonal().mean() / geometric_mean),
+        hessian_gain=float(diagonal.sum() / pivots.sum()),
+        limit_gain=float(diagonal.mean() / pivots.log().mean().exp()),
         gap_db=10 * math.log10(found.output_error / limit) if found.output_error > 0 else None,
-        damping=factors.damping,
+        damping=damping,
     )
-    if factors.damping > DAMPING[0] and found.reason is None:
-        return replace(found, reason=f"damping raised to {factors.damping:g} * mean(diag H)")
+    if damping > DAMPING[0] and found.reason is None:
+        return replace(found, reason=f"damping raised to {damping:g} * mean(diag H)")
     return found
+
+
+def _some_rows(weight: Tensor, grid: Grid) -> list[tuple[Tensor, Grid]]:
+    """Rows of a large weight, and their grids, some at a time: they do not know of each other."""
+    n, k = weight.shape
+    if len(grid.scale) != n:
+        return [(weight, grid)]
+    rows = torch.arange(n, device=weight.device).split(max(1, ROW_ELEMENTS // k))
+    return [(weight[r], grid.rows(r)) for r in rows]
+
+
+def _sweep(
+    weight: Tensor,
+    codes: Tensor,
+    grid: Grid,
+    scheme: Scheme,
+    h: Tensor,
+    permutation: Tensor,
+    sweeps: int,
+) -> tuple[Tensor, Grid]:
+    """Better codes and grids in turn. h: damped. Returns codes (N, K) and the grid."""
+    for _ in range(sweeps):
+        grid = _refit(weight, codes, grid, scheme, h)
+        if grid.levels is not None:
+            codes, grid = _refit_levels(weight, codes, grid, scheme, h)
+        codes = descend(weight, codes, grid, scheme, h, permutation)
+    return codes, grid
 
 
 def choose(weight: Tensor, moments: Moments | None, scheme: Scheme) -> Choice:

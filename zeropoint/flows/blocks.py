@@ -15,7 +15,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -346,11 +346,8 @@ class OnDisk(Residence):
     def _codes(self, name: str) -> QTensor:
         weight = self._contents.qweights[name]
         parts = {suffix: self._written(name + suffix) for suffix in weight.parts}
-        return replace(
-            weight,
-            packed=parts[""],
-            scale=parts.get("_scale"),
-            zero_point=parts.get("_zero_point"),
+        return QTensor.from_parts(
+            parts, scheme=weight.scheme, shape=weight.shape, dtype=weight.dtype
         )
 
     def _written(self, part: str) -> Tensor:

@@ -42,6 +42,7 @@ from zeropoint.observers import CrossObserver, HessianObserver
 from zeropoint.progress import OnStep
 from zeropoint.qtensor import QTensor
 
+TOGETHER_ELEMENTS = 1 << 22  # of weights so small that several at a time are faster than each alone
 KEPT_BACK = 1 / 8  # of the batches, where an algorithm judges codes by inputs it has not seen
 
 
@@ -251,7 +252,11 @@ def _alike(work: _Work, modules: list[nn.Module]) -> list[list[nn.Module]]:
     groups: dict[Any, list[nn.Module]] = {}
     for module in modules:
         live = work.live[module][0]
-        together = live.scheme.of_some_rows is not None and live.scheme.fmt.kind != "downcast"
+        together = (
+            live.scheme.of_some_rows is not None
+            and live.scheme.fmt.kind != "downcast"
+            and live.float_weight().numel() <= TOGETHER_ELEMENTS
+        )
         groups.setdefault((live.scheme, None if together else module), []).append(module)
     return list(groups.values())
 

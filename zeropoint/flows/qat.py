@@ -46,11 +46,9 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises from 0
 LAST_RATE = 0.1  # of the learning rate is left at the end of the cosine
 TUNING_BATCHES = 4  # of calibration data, at least: fewer say nothing about what is better
 TUNING_CHECKS = 8  # looks at the held-out data while scales are tuned
-# A step that is small beside what few bits have lost is large beside what many have. By the loss
-# before the first step, the rate of scales (shares of their mean) is loss / TUNING_LOSS_PER_RATE,
-# and that of norms and biases the same times the loss; both up to these.
-TUNING_SCALE_RATE, TUNING_LOSS_PER_RATE = 4e-3, 60.0
-TUNING_OTHER_SHARE, LEAST_LOSS = 0.25, 1e-4
+# What rounding has lost falls by 4 for every bit, and so must what a step of training changes. Of
+# scales, as shares of their mean: the most, and the rate at 3 bits; of norms and biases a share.
+TUNING_RATE, TUNING_RATE_OF_3, TUNING_SHARE = 4e-3, 3e-3, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,16 +186,15 @@ def tune(
             f"{prepared.tokens} calibration tokens are {len(batches)} batches, too few to train on "
             f"some and hold others out; give more data, or a smaller batch_tokens"
         )
-    with torch.no_grad():
-        losses = [
-            float(distance(run_model(model, b), run_model(teacher, b), b))
-            for b in batches[:TUNING_BATCHES]
-        ]
-    loss = sum(losses) / len(losses)
-    rate = min(TUNING_SCALE_RATE, max(loss, LEAST_LOSS) / TUNING_LOSS_PER_RATE)
+    modules = [m for m in quantized_modules(model).values() if m.tied_to is None]
+    linears = [m for m in modules if m.role == "linear"] or modules
+    sizes = [math.prod(m.shape) for m in linears]
+    noise = sum(n * 4.0 ** (3 - m.scheme.fmt.bits) for n, m in zip(sizes, linears, strict=True))
+    fall = noise / sum(sizes)
+    rate = min(TUNING_RATE, TUNING_RATE_OF_3 * fall)
     training = Training(
         steps=options.tune_steps,
-        learning_rate=rate * min(TUNING_OTHER_SHARE, max(loss, LEAST_LOSS)),
+        learning_rate=rate * TUNING_SHARE * min(1.0, fall),
         scale_learning_rate=rate,
         check_every=max(1, options.tune_steps // TUNING_CHECKS),
         seed=options.seed,
