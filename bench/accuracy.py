@@ -18,6 +18,7 @@ import argparse
 import copy
 import difflib
 import inspect
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int4-g32": {"weights": "int4", "group_size": 32},
     "int3-g64": {"weights": "int3", "group_size": 64},
     "int3-g32": {"weights": "int3", "group_size": 32},
+    "int4": {"weights": "int4", "group_size": -1},
+    "int3": {"weights": "int3", "group_size": -1},
     "int2-g64": {"weights": "int2", "group_size": 64},
     "int2-g32": {"weights": "int2", "group_size": 32},
     "nf4-g64": {"weights": "nf4"},
@@ -61,12 +64,15 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Rung:
-    """algorithm, effort and what differs from it; own: calibrated on text the model writes."""
+    """algorithm, effort and what differs from it; own: calibrated on text the model writes; rotate:
+    rotated first, which unties the head.
+    """
 
     algorithm: str
     effort: str | None = None
     options: dict[str, Any] | None = None
     own: bool = False
+    rotate: bool = False
 
 
 RUNGS = {
@@ -79,6 +85,11 @@ RUNGS = {
     "medium, qep": Rung("gptq", "medium", {"propagate": 0.5}),
     "medium, own text": Rung("gptq", "medium", own=True),
     "high, own text": Rung("gptq", "high", own=True),
+    "rtn, rotated": Rung("rtn", rotate=True),
+    "mse, rotated": Rung("mse", rotate=True),
+    "low, no balance": Rung("gptq", "low", {"fold": False}),
+    "low, rotated": Rung("gptq", "low", rotate=True),
+    "low, rotated, no balance": Rung("gptq", "low", {"fold": False}, rotate=True),
 }
 
 
@@ -181,6 +192,8 @@ def run(
         }
     rung = RUNGS[name]
     data = "self" if rung.own else [calibration_text()]
+    if rung.rotate:
+        zp.rotate(model, seed=seed)
     if "budget" in scheme:
         scheme = scheme | {"data": data, "tokenizer": tokenizer}
     spent = zp.quantize(model, **scheme)
@@ -239,7 +252,7 @@ def main() -> int:
     missed = 0
     for setting in arguments.settings.split(","):
         best = float("inf")
-        for name in arguments.rungs.split(","):
+        for name in re.split(",(?! )", arguments.rungs):  # names have ", " in them
             for seed in map(int, arguments.seeds.split(",")):
                 model, took = run(original, tokenizer, name, setting, arguments.tokens, seed)
                 found = {t: measure(model, texts[t], expected[t]) for t in texts}

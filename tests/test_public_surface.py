@@ -54,6 +54,7 @@ def test_exported_names_are_pinned():
         "quantize",
         "release",
         "resize_token_embeddings",
+        "rotate",
         "save",
         "verify",
     ]

@@ -55,6 +55,7 @@ __all__ = [
     "quantize",
     "release",
     "resize_token_embeddings",
+    "rotate",
     "save",
     "verify",
 ]
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from zeropoint.flows.ptq import freeze, quantize
     from zeropoint.flows.qat import Training, finetune
     from zeropoint.flows.report import Report, TrainingReport
+    from zeropoint.flows.rotate import rotate
     from zeropoint.flows.stream import compress
     from zeropoint.flows.verify import verify
     from zeropoint.integrations.config import ZeropointConfig
@@ -122,6 +124,7 @@ _HOMES = {
     "quantize": "zeropoint.flows.ptq",
     "release": "zeropoint.evaluate.memory",
     "resize_token_embeddings": "zeropoint.model.embeddings",
+    "rotate": "zeropoint.flows.rotate",
     "save": "zeropoint.model.save",
     "verify": "zeropoint.flows.verify",
 }

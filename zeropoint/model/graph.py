@@ -12,7 +12,7 @@ like an edge (keys and queries behind a softmax, a gate behind a SiLU) is not ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -115,17 +115,24 @@ def hold(block: nn.Module, folds: Sequence[Fold], run: Run, *, seed: int = 0) ->
 def _holds(
     block: nn.Module, folds: Sequence[Fold], run: Run, expected: tuple[Tensor, Tensor], seed: int
 ) -> bool:
-    before, after = expected
     generator = torch.Generator().manual_seed(seed)
-    with _restored(block, folds):
+    changed = dict.fromkeys(n for f in folds for n in (f.producer, *f.consumers))
+    with restored(p for n in changed for p in block.get_submodule(n).parameters(recurse=False)):
         for fold in folds:
             channels = _channels(block.get_submodule(fold.producer), fold.kind)
             factors = torch.rand(channels, generator=generator).mul_(2 * FACTOR_RANGE)
-            apply(block, fold, factors.sub_(FACTOR_RANGE).exp_().to(after.device))
-        _, found = run()
+            apply(block, fold, factors.sub_(FACTOR_RANGE).exp_().to(expected[1].device))
+        return unchanged(expected, run())
+
+
+def unchanged(
+    expected: tuple[Tensor, Tensor], answer: tuple[Tensor, Tensor], tolerance: float = TOLERANCE
+) -> bool:
+    """Whether a block's output is what it was. Each: its input and its output, (B, T, C) float."""
+    (before, after), (_, found) = expected, answer
     size = (after - before).norm(dim=-1).clamp_min(1e-12)
     distance = ((found - after).norm(dim=-1) / size).mean()
-    return bool(distance < TOLERANCE)  # NaN is no edge
+    return bool(distance < tolerance)  # NaN is no edge
 
 
 def shared_factors(fold: Fold, values: Tensor, channels: int) -> Tensor:
@@ -219,13 +226,11 @@ def _channel_maps(rows: int, columns: int, block: nn.Module) -> Iterator[Tensor]
 
 
 @contextmanager
-def _restored(block: nn.Module, folds: Sequence[Fold]) -> Iterator[None]:
-    """Put back the very bits of what `apply` changes."""
-    changed = dict.fromkeys(n for f in folds for n in (f.producer, *f.consumers))
-    parameters = [p for n in changed for p in block.get_submodule(n).parameters(recurse=False)]
-    saved = [p.detach().clone() for p in parameters]
+def restored(parameters: Iterable[Tensor | None]) -> Iterator[None]:
+    """Put back the very bits of parameters that are changed meanwhile; None are passed over."""
+    saved = [(p, p.detach().clone()) for p in parameters if p is not None]
     try:
         yield
     finally:
-        for parameter, value in zip(parameters, saved, strict=True):
+        for parameter, value in saved:
             parameter.copy_(value)
