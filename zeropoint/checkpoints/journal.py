@@ -32,6 +32,10 @@ class Record:
     size: int = 0
 
 
+NO_RECORD = Record()
+"""Of a run that begins anew; nobody writes into it."""
+
+
 def read_record(path: Path) -> Record:
     """The journal of an unfinished run; empty where there is none. Raises OSError.
 
@@ -78,7 +82,7 @@ class Journal:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             self._claim(path)
-            earlier = Record() if fresh else read_record(path)
+            earlier = NO_RECORD if fresh else read_record(path)
             if earlier.run is not None:
                 check_identity(path.parent, earlier.run, identity)
                 os.ftruncate(self._file, earlier.size)
@@ -94,7 +98,7 @@ class Journal:
         except BaseException:
             os.close(self._file)
             raise
-        self.done, self.notes = earlier.done, earlier.notes
+        self.done, self.notes = dict(earlier.done), dict(earlier.notes)
 
     def add(self, piece: str, checksum: int) -> None:
         """Note that a piece is finished. Raises OSError."""

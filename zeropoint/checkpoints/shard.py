@@ -84,7 +84,7 @@ class Shard:
         """Create the file, or open one that was begun and keep what it holds: whether that is of
         this layout is known by checksums. Raises OSError.
         """
-        self.layout = plan
+        self.path, self.layout = path, plan
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if os.fstat(self._file).st_size != plan.size:
             os.ftruncate(self._file, plan.size)
