@@ -75,19 +75,25 @@ def test_a_file_that_was_begun_is_gone_on_with(tmp_path):
     second.close()
 
 
-@pytest.mark.parametrize("damage", ["other metadata", "short", "header"])
-def test_a_file_of_another_layout_is_begun_anew(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["short", "long", "header"])
+def test_of_a_file_that_was_damaged_the_rest_is_kept(tmp_path, damage):
+    """Its tensors may be in no other place."""
     plan = layout(TENSORS, {"k": "v"})
-    write_file(tmp_path / "f", TENSORS, {"k": "w" if damage == "other metadata" else "v"})
-    if damage == "short":
-        os.truncate(tmp_path / "f", plan.size - 1)
-    elif damage == "header":
+    write_file(tmp_path / "whole", TENSORS, {"k": "v"})
+    write_file(tmp_path / "f", TENSORS, {"k": "v"})
+    if damage == "header":
         with (tmp_path / "f").open("r+b") as file:
             file.seek(20)
             file.write(b"#")
+    else:
+        os.truncate(tmp_path / "f", plan.size + (-1 if damage == "short" else 1))
     shard = Shard(tmp_path / "f", plan)
-    assert shard.get("a") == bytes(24)
+    shard.flush()
+    assert shard.get("a") == bytes(as_bytes(TENSORS["a"]))
+    last = max(plan.spans, key=lambda name: plan.spans[name][1])
+    shard.put(last, TENSORS[last])
     shard.close()
+    assert (tmp_path / "f").read_bytes() == (tmp_path / "whole").read_bytes()
     assert (tmp_path / "f").stat().st_size == plan.size
 
 

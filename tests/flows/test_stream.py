@@ -265,7 +265,7 @@ def test_another_process_is_not_disturbed(folder, tmp_path, monkeypatch, fresh):
     before = files(tmp_path / ".out.unfinished" / "checkpoint")
     job = stream.prepare(folder, {"weights": "int8"})
     job = replace(job, contents=replace(job.contents, algorithm="rtn"))
-    identity = stream._identity(job, stream.get_algorithm("rtn"))
+    identity = stream._identity(job, stream.get_algorithm("rtn"), stream.NO_RECORD)
     running = stream.Journal(tmp_path / ".out.unfinished" / "journal.jsonl", identity)
     with pytest.raises(CheckpointError, match="written by another process"):
         zp.compress(folder, tmp_path / "out", fresh=fresh)

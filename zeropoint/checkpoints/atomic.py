@@ -82,8 +82,17 @@ def install_directory(new: Path, path: Path) -> None:
     """Flush the folder `new` to the disk and put it in the place of `path`, which is afterwards at
     `new` if it existed. Both are absolute, and on one disk. Raises OSError.
     """
-    _flush(new)
+    _flush_all(new)
     _move_into_place(new, path)
+
+
+def flush(path: Path) -> None:
+    """Put a file, or a folder's list of its files, on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _prefix(path: Path) -> str:
@@ -114,17 +123,13 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _flush(folder: Path) -> None:
+def _flush_all(folder: Path) -> None:
     """Give every file the usual permissions, and fsync it and the folder itself."""
     mode = 0o666 & ~_umask()
     for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
         if path is not folder:
             path.chmod(mode)  # safetensors writes files that only their owner can read
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(path)
 
 
 def _move_into_place(new: Path, path: Path) -> None:
@@ -135,11 +140,7 @@ def _move_into_place(new: Path, path: Path) -> None:
         _exchange(new, path)
     else:
         new.rename(path)  # POSIX: an empty folder is replaced atomically
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -81,15 +81,14 @@ class Shard:
     """An open file of a layout. `put` may be called from several threads."""
 
     def __init__(self, path: Path, plan: Layout) -> None:
-        """Create the file, or open one that was begun with the same layout and keep what it holds.
-        Raises OSError.
+        """Create the file, or open one that was begun and keep what it holds: whether that is of
+        this layout is known by checksums. Raises OSError.
         """
-        self.layout = plan
+        self.path, self.layout = path, plan
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        begun = os.fstat(self._file).st_size == plan.size
-        if not begun or self._read(0, len(plan.header)) != plan.header:
-            os.ftruncate(self._file, 0)
+        if os.fstat(self._file).st_size != plan.size:
             os.ftruncate(self._file, plan.size)
+        if self._read(0, len(plan.header)) != plan.header:
             self._write(0, memoryview(plan.header))
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -103,6 +102,12 @@ class Shard:
         """What lies in a tensor's place."""
         start, end = self.layout.spans[name]
         return self._read(start, end - start)
+
+    def flush(self) -> None:
+        """Put the file on the disk, from where `get` then reads it. Raises OSError."""
+        os.fsync(self._file)
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Flush the file to the disk, and close it. Raises OSError."""

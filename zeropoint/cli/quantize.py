@@ -182,6 +182,14 @@ def quantize(
             "--fresh", help="Start over, where an earlier run that was interrupted left its work."
         ),
     ] = False,
+    delete_source: Annotated[
+        bool,
+        typer.Option(
+            "--delete-source",
+            help="Delete each of MODEL's files of weights as soon as all that is made of it is on "
+            "the disk and was read back: for disks that cannot hold both.",
+        ),
+    ] = False,
     json_to: Json = None,
     json_events: Annotated[
         str | None,
@@ -276,6 +284,11 @@ def quantize(
             "--fresh starts over what an interrupted run left, and runs with a budget, --observer, "
             "--effort high or another --dtype leave nothing; leave it out"
         )
+    if delete_source and (not streams or texts is not None):
+        raise RecipeError(
+            "--delete-source deletes files as they are quantized, and with calibration, a budget "
+            "or another --dtype the model is loaded as a whole; leave it out"
+        )
     events = Events(json_events, screen)
     with events.running(model=model, output=str(output), algorithm=algorithm):
         if streams:
@@ -291,6 +304,7 @@ def quantize(
                 shelf,
                 overwrite=overwrite,
                 fresh=fresh,
+                delete_source=delete_source,
             )
         else:
             done = _in_memory(
@@ -320,6 +334,7 @@ def quantize(
         report.recipe.save(save_recipe)
     screen.json(
         {"model": model, "output": str(output), "algorithm": algorithm}
+        | {"source_deleted": delete_source}
         | report.to_dict()
         | {"calibration": done.frozen.to_dict(), "inputs": done.inputs}
         | {"bytes_after": done.total_bytes, "bits_per_weight": done.bits_per_weight}
@@ -342,6 +357,8 @@ def quantize(
     screen.line(
         "wrote ", (str(output), "bold"), f" in {seconds:.1f} s, peak memory {megabytes(peak)}"
     )
+    if delete_source:
+        screen.line("deleted the weights of ", (model, "bold"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +394,7 @@ def _streamed(
     *,
     overwrite: bool,
     fresh: bool,
+    delete_source: bool,
 ) -> _Done:
     """Weight by weight, or block by block: from files to files, or where that cannot be, by way of
     memory.
@@ -398,6 +416,7 @@ def _streamed(
                 **shelf,
                 overwrite=overwrite,
                 fresh=fresh,
+                delete_source=delete_source,
                 on_step=on_step,
                 on_unit=events.unit,
             )
@@ -405,6 +424,11 @@ def _streamed(
         screen.warn("what is done is kept; the same command goes on with it")
         raise
     except StreamError as e:
+        if delete_source:
+            raise StreamError(
+                f"--delete-source deletes files as they are quantized, and this model has to be "
+                f"loaded as a whole: {e}; leave it out"
+            ) from e
         screen.warn(f"the whole model is held in memory: {e}")
         if calibrated:
             return _in_memory(

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from zeropoint.algorithms import Algorithm, get_algorithm
 from zeropoint.checkpoints import native
-from zeropoint.checkpoints.atomic import check_space, check_writable, install_directory
-from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored, read_headers
-from zeropoint.checkpoints.journal import Journal
+from zeropoint.checkpoints.atomic import check_space, check_writable, flush, install_directory
+from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored
+from zeropoint.checkpoints.journal import NO_RECORD, Journal, Record, read_record
 from zeropoint.checkpoints.shard import Shard, as_bytes, layout
 from zeropoint.errors import (
     CheckpointError,
@@ -38,6 +38,7 @@ from zeropoint.errors import (
     StreamError,
     ZeropointError,
 )
+from zeropoint.flows import deleting
 from zeropoint.flows.blocks import Calibrated
 from zeropoint.flows.budget import parse_bytes
 from zeropoint.flows.data import Calibration, Data
@@ -56,6 +57,7 @@ from zeropoint.qtensor import QTensor, empty
 from zeropoint.scheme import Recipe
 
 JOURNAL = "journal.jsonl"
+INSTALLING = "installing"  # a note: SHA-256 of the manifest of what then takes the output's place
 WORKERS = 2
 SAMPLED_ROWS = 32  # of a weight, whose error is in the log
 
@@ -86,6 +88,7 @@ def compress(
     task: str | None = None,
     overwrite: bool = False,
     fresh: bool = False,
+    delete_source: bool = False,
     workers: int = WORKERS,
     on_step: OnStep = no_progress,
     on_unit: OnUnit = no_units,
@@ -109,6 +112,10 @@ def compress(
     the result is the same, byte by byte. fresh: start over instead. Files of the source that hold
     no weights are copied, tensors that the model does not have are carried over as they are. The
     result is read again and verified before it takes its place.
+
+    delete_source: for a disk that cannot hold both, and an algorithm that needs no data. Each of
+    the source's files of weights is deleted as soon as all that is made of it is on the disk and
+    was read back equal; in the end their index, too. Everything else in the folder stays.
     Raises StreamError (a .gguf file, a checkpoint whose tensors transformers merges or casts while
     it loads them, a model that is not run block by block, effort "high" or `propagate`, which need
     the whole model: use zp.load(source, weights=...) and zp.save), SourceError, CheckpointError,
@@ -135,13 +142,23 @@ def compress(
     if workers < 1:
         raise RecipeError(f"workers={workers}: there must be at least 1")
     out = Path(os.path.abspath(out))
-    check_writable(out, lambda existing: native.why_not_replace(existing, overwrite))
-    folder = local_folder(resolve(source))
-    job = prepare(folder, options, recipe=recipe, strict=strict, task=task)
+    if delete_source and how is not None:
+        raise RecipeError(
+            f"algorithm={algorithm!r} reads its source more than once; leave delete_source "
+            "(--delete-source) out"
+        )
+    found = resolve(source)
+    if delete_source:
+        deleting.check_may_delete(source, found, out)
+    earlier = _earlier(out, fresh)
+    if not _installed(earlier.notes, out):
+        check_writable(out, lambda existing: native.why_not_replace(existing, overwrite))
+    folder = local_folder(found)
+    job = prepare(folder, options, recipe=recipe, strict=strict, task=task, earlier=earlier)
     job = replace(job, contents=replace(job.contents, algorithm=chosen.name))
     calibrated = None
     if how is not None:
-        model = live_model(folder, options, recipe=recipe, strict=strict, task=task)
+        model = live_model(job, options, recipe=recipe, strict=strict, task=task)
         calibrated = Calibrated(
             model,
             chosen,
@@ -164,12 +181,38 @@ def compress(
             chosen,
             out,
             calibrated,
+            earlier,
             fresh=fresh,
+            delete_source=delete_source,
             workers=workers,
             on_step=log.steps(on_step) if calibrated else on_step,
             on_unit=finished,
+            say=log.say,
         )
     return job.report if calibrated is None else replace(job.report, calibration=calibrated.report)
+
+
+def _earlier(out: Path, fresh: bool) -> Record:
+    """What an unfinished run that wrote `out` did and is of use. Raises CheckpointError."""
+    working = working_folder(out)
+    try:
+        earlier = read_record(working / JOURNAL)
+    except OSError as e:
+        raise CheckpointError(f"{working / JOURNAL} cannot be read: {e}") from e
+    if fresh:
+        deleting.check_fresh(working, earlier)
+        return NO_RECORD
+    return earlier
+
+
+def _installed(notes: Mapping[str, Any], out: Path) -> bool:
+    """Whether the run of these notes has put its result in the place of `out`."""
+    manifest = out / native.MANIFEST
+    return INSTALLING in notes and manifest.is_file() and notes[INSTALLING] == _sha256(manifest)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- what is to be done ---
@@ -179,11 +222,17 @@ def compress(
 class Job:
     """A checkpoint to be written. contents: of the output, its tensors without values where a file
     has them. sources: where each weight and tensor of it is read, by its name in the output.
+    stored: all tensors of the files, by their names there. files: which weights and tensors each
+    file has to be there for, those of which it holds another copy included. untied: the weights
+    that the configuration ties, but of which the files hold two.
     """
 
     folder: Path
     contents: native.Contents
     sources: Mapping[str, Stored]
+    stored: Mapping[str, Stored]
+    files: Mapping[Path, Sequence[str]]
+    untied: Sequence[str]
     transposed: frozenset[str]
     report: Report
 
@@ -223,14 +272,16 @@ def prepare(
     recipe: Recipe | None = None,
     strict: bool = True,
     task: str | None = None,
+    earlier: Record = NO_RECORD,
 ) -> Job:
-    """What `compress` would write, from config.json and the headers alone.
+    """What `compress` would write, from config.json and the headers alone. earlier: the unfinished
+    run that it goes on with; files that run has deleted are known from it.
 
     Raises SourceError, CheckpointError, and what `zp.quantize` raises but for errors about values.
     """
-    stored = read_headers(folder)
+    stored, untied = deleting.read_source(folder, earlier)
     skeleton = float_skeleton(folder, task)
-    return outline(folder, skeleton, stored, options, recipe=recipe, strict=strict)
+    return outline(folder, skeleton, stored, options, recipe=recipe, strict=strict, untied=untied)
 
 
 def outline(
@@ -241,20 +292,26 @@ def outline(
     *,
     recipe: Recipe | None = None,
     strict: bool = True,
+    untied: Sequence[str] | None = None,
 ) -> Job:
     """As `prepare`, of headers that have been read. where: the folder, or a hub id, of which no
     tensor is read. skeleton: the float model on the meta device, which becomes the quantized one;
-    not when StreamError is raised.
+    not when StreamError is raised. untied: as `Job` has it; None to find out.
     """
-    files = _Files(where, stored, model_names(skeleton, stored, skeleton.state_dict().keys()))
-    if isinstance(where, Path):
-        _untie(skeleton, files)
+    names = model_names(skeleton, stored, skeleton.state_dict().keys())
+    files = _Files(where, stored, names)
+    if untied is None:
+        untied = _untied(skeleton, files) if isinstance(where, Path) else ()
+    _untie(skeleton, untied)
     contents, report, transposed = without_values(
         where, skeleton, _dtype(skeleton, stored), options, recipe=recipe, strict=strict
     )
+    copies: list[tuple[str, Stored]] = []
     for alias, owner in contents.tied.items():  # the files may hold it under any of its names
         if alias in files.left:
-            files.left.setdefault(owner, files.left.pop(alias))
+            copy = files.left.pop(alias)
+            if files.left.setdefault(owner, copy) is not copy:
+                copies.append((owner, copy))
     sources: dict[str, Stored] = {}
     for name, weight in contents.qweights.items():
         shape = weight.shape[::-1] if name in transposed else weight.shape
@@ -265,12 +322,19 @@ def outline(
     carried = {
         name: torch.empty(s.shape, dtype=s.dtype, device="meta") for name, s in files.left.items()
     }
+    sources |= files.left
+    needs: dict[Path, list[str]] = {}
+    for name, tensor_of_file in (*sources.items(), *copies):
+        needs.setdefault(tensor_of_file.file, []).append(name)
     return Job(
         folder=Path(where),
         contents=replace(
             contents, tensors=dict(contents.tensors) | carried, carried=tuple(carried)
         ),
-        sources=sources | files.left,
+        sources=sources,
+        stored=stored,
+        files=needs,
+        untied=untied,
         transposed=transposed,
         report=report,
     )
@@ -298,19 +362,18 @@ def without_values(
 
 
 def live_model(
-    folder: Path,
+    job: Job,
     options: Mapping[str, Any],
     *,
     recipe: Recipe | None,
     strict: bool,
     task: str | None,
 ) -> nn.Module:
-    """The model that `prepare` outlines the result of: live, its parameters on the meta device."""
-    stored = read_headers(folder)
-    model = float_skeleton(folder, task)
-    _untie(model, _Files(folder, stored, model_names(model, stored, model.state_dict().keys())))
+    """The model whose frozen state a job outlines: live, its parameters on the meta device."""
+    model = float_skeleton(job.folder, task)
+    _untie(model, job.untied)
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(_dtype(model, stored))
+        parameter.data = parameter.data.to(_dtype(model, job.stored))
     go_live(model, planned(model, options, recipe=recipe, strict=strict))
     return model
 
@@ -382,16 +445,21 @@ class _Files:
         return stored
 
 
-def _untie(model: Any, files: _Files) -> None:
-    """Give weights that the configuration calls one, but of which the files hold two, a parameter
-    each. In place. transformers does so while it loads.
-    """
-    for alias, owner in model.all_tied_weights_keys.items():
-        first, second = files.left.get(alias), files.left.get(owner)
-        if first is not None and second is not None and _differ(first, second):
-            module, _, leaf = alias.rpartition(".")
-            old = model.get_parameter(alias)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(torch.empty_like(old)))
+def _untied(model: Any, files: _Files) -> list[str]:
+    """Weights that the configuration ties to others, of which the files hold different ones."""
+    pairs = (
+        (alias, files.left.get(alias), files.left.get(owner))
+        for alias, owner in model.all_tied_weights_keys.items()
+    )
+    return [a for a, first, second in pairs if first and second and _differ(first, second)]
+
+
+def _untie(model: Any, untied: Sequence[str]) -> None:
+    """Give these weights a parameter each. In place. transformers does so while it loads."""
+    for alias in untied:
+        module, _, leaf = alias.rpartition(".")
+        old = model.get_parameter(alias)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(torch.empty_like(old)))
 
 
 def _differ(first: Stored, second: Stored) -> bool:
@@ -412,34 +480,50 @@ def _run(
     algorithm: Algorithm,
     out: Path,
     calibrated: Calibrated | None,
+    earlier: Record,
     *,
     fresh: bool,
+    delete_source: bool,
     workers: int,
     on_step: OnStep,
     on_unit: OnUnit,
+    say: Callable[[str], None],
 ) -> None:
     working = working_folder(out)
     written = working / "checkpoint"
     try:
-        identity = _identity(job, algorithm) | (calibrated.identity if calibrated else {})
+        identity = _identity(job, algorithm, earlier) | (calibrated.identity if calibrated else {})
         journal = Journal(working / JOURNAL, identity, fresh=fresh)
     except OSError as e:
         raise CheckpointError(f"{out} cannot be written: {e}") from e
     try:
         if fresh:
             shutil.rmtree(written, ignore_errors=True)
-        written.mkdir(exist_ok=True)
-        _keep_only_tensors(written)
-        hashes = _write_tensors(
-            job, algorithm, calibrated, written, journal, workers, on_step, on_unit
-        )
-        _copy_files(job.folder, written)
-        native.write_config(written, job.contents)
-        native.write_manifest(written, job.contents, hashes)
-        problems = native.verify_contents(written)
-        if problems:
-            raise CheckpointError(f"{written} was written, but {problems[0]}")
-        install_directory(written, out)
+        if not _installed(journal.notes, out):
+            written.mkdir(exist_ok=True)
+            _keep_only_tensors(written)
+            hashes = _write_tensors(
+                job,
+                algorithm,
+                calibrated,
+                written,
+                journal,
+                workers,
+                on_step,
+                on_unit,
+                say,
+                delete_source,
+            )
+            _copy_files(job.folder, written)
+            native.write_config(written, job.contents)
+            native.write_manifest(written, job.contents, hashes)
+            problems = native.verify_contents(written)
+            if problems:
+                raise CheckpointError(f"{written} was written, but {problems[0]}")
+            journal.note(INSTALLING, _sha256(written / native.MANIFEST))
+            install_directory(written, out)
+        if delete_source:
+            deleting.delete_index(job.folder, say)
     except OSError as e:
         raise CheckpointError(
             f"{out} cannot be written: {e}; what is done lies in {working}, and the same call goes "
@@ -462,12 +546,11 @@ def _keep_only_tensors(folder: Path) -> None:
             path.unlink()
 
 
-def _identity(job: Job, algorithm: Algorithm) -> dict[str, Any]:
+def _identity(job: Job, algorithm: Algorithm, earlier: Record) -> dict[str, Any]:
     """What has to be equal for a run to go on with another's work."""
-    files = sorted({stored.file for stored in job.sources.values()})
     return {
         "zeropoint_version": importlib.metadata.version("zeropoint"),
-        "source": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
+        "source": {file.name: deleting.stamp(file, earlier) for file in sorted(job.files)},
         "recipe": job.contents.recipe.to_dict(),
         "algorithm": algorithm.name,
         "layout": zlib.crc32(str(native.metadata(job.contents)).encode()),
@@ -483,11 +566,18 @@ def _write_tensors(
     workers: int,
     on_step: OnStep,
     on_unit: OnUnit,
+    say: Callable[[str], None],
+    delete_source: bool,
 ) -> dict[str, str]:
     """Returns the SHA-256 of each file."""
     present = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
     tensors = native.stored_tensors(job.contents)
-    needed = sum(tensor.nbytes for tensor in tensors.values()) + native.SLACK_BYTES
+    names = [*job.contents.qweights, *job.contents.tensors]
+    groups: deleting.Groups = [(None, names)]
+    if delete_source:
+        groups = list(deleting.by_file(job.files, names))
+    sizes = {name: sum(tensors[part].nbytes for part in _part_names(job, name)) for name in names}
+    needed = deleting.needed_bytes(groups, sizes, folder) + native.SLACK_BYTES
     check_space(folder.parent, needed - present)
     files = native.shards(tensors)
     for stale in folder.glob("*.safetensors"):
@@ -502,74 +592,79 @@ def _write_tensors(
         missing = {file: set(group) for file, group in files.items()}
         hashes: dict[str, Future[str]] = {}
         hasher = opened.enter_context(ThreadPoolExecutor(workers))
+        megabytes, done = job.bytes_to_read // 1_000_000, 0
 
         def work(name: str) -> Callable[[], Unit]:
             return lambda: _write_one(job, algorithm, name, homes, journal)
 
+        def begun(name: str) -> None:
+            on_step(name, done // 1_000_000, megabytes)
+
         def finished(unit: Unit) -> None:
+            nonlocal done
+            done += unit.bytes_before or 0
             on_unit(unit)
             parts = set(_part_names(job, unit.name))
             for file, shard in shards.items():
                 missing[file] -= parts
                 if not missing[file] and file not in hashes:
-                    hashes[file] = hasher.submit(_read_again, folder / file, shard, journal)
+                    hashes[file] = hasher.submit(_read_again, job, shard, journal)
 
         if calibrated is not None:  # all weights have their codes then; the rest is as it was read
             calibrated.run(
                 job.sources, job.contents, homes, journal, folder.parent, on_step, on_unit
             )
-        units = {name: work(name) for name in (*job.contents.qweights, *job.contents.tensors)}
-        _in_threads(units, finished, job, workers, on_step)
+        if delete_source:
+            deleting.note_source(job.folder, job.stored, job.untied, journal)
+            for made in (folder, folder.parent, folder.parent.parent):
+                flush(made)
+        for source, group in groups:
+            _in_threads({name: work(name) for name in group}, begun, finished, workers)
+            if source is not None and source.exists():
+                parts = [part for name in job.files[source] for part in _part_names(job, name)]
+                deleting.delete(source, parts, homes, journal)
+                say(f"deleted {source}")
+        on_step("", megabytes, megabytes)
         on_step("hashing and verifying", 1, 1)
         result = {file: future.result() for file, future in hashes.items()}
     native.write_index(folder, files)
     return result
 
 
-def _read_again(path: Path, shard: Shard, journal: Journal) -> str:
+def _read_again(job: Job, shard: Shard, journal: Journal) -> str:
     """The SHA-256 of a file that is complete. Raises CheckpointError when a tensor in it is not
     what it was in memory.
     """
+    made_of = {p: stored for name, stored in job.sources.items() for p in _part_names(job, name)}
     digest = hashlib.sha256(shard.layout.header)
     for part in sorted(shard.layout.spans, key=shard.layout.spans.__getitem__):
         data = shard.get(part)
         digest.update(data)
-        if zlib.crc32(data) != journal.done[part]:
-            raise CheckpointError(
-                f"{path}: {part} has been written, but reads back differently; is the disk sound? "
-                "The same call goes on"
-            )
+        deleting.check_part(part, shard, data, journal, made_of.get(part))
     return digest.hexdigest()
 
 
 def _in_threads(
     units: Mapping[str, Callable[[], Unit]],
+    begun: Callable[[str], None],
     finished: OnUnit,
-    job: Job,
     workers: int,
-    on_step: OnStep,
 ) -> None:
-    """Run all, a few at a time; the first error ends it after those that have begun. `on_step`
-    counts megabytes read.
-    """
-    total, done = job.bytes_to_read, 0
+    """Run all, a few at a time; the first error ends it after those that have begun."""
     waiting = iter(units.items())
     running: set[Future[Unit]] = set()
     with ThreadPoolExecutor(workers) as pool:
         while True:
             for name, work in waiting:
                 running.add(pool.submit(work))
-                on_step(name, done // 1_000_000, total // 1_000_000)
+                begun(name)
                 if len(running) >= workers:
                     break
             if not running:
                 break
             complete, running = wait(running, return_when=FIRST_COMPLETED)
             for future in complete:
-                unit = future.result()
-                done += unit.bytes_before or 0
-                finished(unit)
-    on_step("", total // 1_000_000, total // 1_000_000)
+                finished(future.result())
 
 
 def _write_one(
@@ -579,11 +674,11 @@ def _write_one(
     start = time.perf_counter()
     source = job.sources.get(name)
     nbytes = 0 if source is None else source.nbytes
-    if all(
-        part in journal.done and zlib.crc32(homes[part].get(part)) == journal.done[part]
-        for part in _part_names(job, name)
-    ):
+    missing = next((p for p in _part_names(job, name) if not _is_there(p, homes, journal)), None)
+    if missing is None:
         return Unit(name=name, bytes_before=nbytes)
+    if source is not None and not source.file.exists():
+        raise deleting.lost(missing, homes[missing], source)
     # A tensor without a source is a buffer that the model computes for itself.
     values = job.contents.tensors[name] if source is None else source.read()
     with _naming(name):
@@ -600,6 +695,10 @@ def _write_one(
         seconds=time.perf_counter() - start,
         error=error,
     )
+
+
+def _is_there(part: str, homes: Mapping[str, Shard], journal: Journal) -> bool:
+    return part in journal.done and zlib.crc32(homes[part].get(part)) == journal.done[part]
 
 
 def _parts(
