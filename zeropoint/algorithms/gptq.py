@@ -41,14 +41,13 @@ BLOCK = 128  # columns between two matrix products; the result does not depend o
 DAMPING = (0.01, 0.03, 0.1, 0.3, 1.0)  # shares of mean(diag H), tried in this order
 REFIT_ELEMENTS = 1 << 18  # of the largest temporary of a refit: a megabyte stays in the cache
 ROW_ELEMENTS = 1 << 23  # of a large weight that are worked on at a time; some ten such tensors are
-REVERSE_ELEMENTS = 1 << 20  # of a large matrix that are turned round at a time
 SWEEPS = 2  # of coordinate descent, each followed by a refit of the scales
 
 
 class Pivots(NamedTuple):
     """H + damping * mean(diag H) * I = (I + upper) diag(pivots) (I + upper)^T.
 
-    upper: (K, K) float64, strictly upper. pivots: (K,) float64 > 0.
+    upper: (K, K) float32, strictly upper. pivots: (K,) float64 > 0.
     """
 
     upper: Tensor
@@ -59,7 +58,7 @@ class Pivots(NamedTuple):
 def ldl(
     hessian: Tensor, damping: tuple[float, ...] = DAMPING, *, order: Tensor | None = None
 ) -> Pivots | None:
-    """Factor H with the least damping of the ladder that works. hessian: (K, K) float64, symmetric.
+    """Factor H with the least damping of the ladder that works. hessian: (K, K) float, symmetric.
 
     order: (K,) int, of its columns; None for as they are. One Cholesky in float64, of the matrix
     reversed in both axes. None when no step of the ladder makes H positive definite, or H is not
@@ -74,28 +73,18 @@ def ldl(
         order = torch.arange(len(hessian), device=hessian.device)
     info = torch.empty((), dtype=torch.int32, device=hessian.device)
     for share in damping:
-        lower = _permuted(hessian, order.flip(0))
+        # By columns, as LAPACK has it, so that it works in place: 537 MB of 8192 columns.
+        lower = _permuted(hessian, order.flip(0)).to(torch.float64).mT
         lower.diagonal().add_(share * mean)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))  # in place: of 8192 columns it is 537 MB
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         diagonal = lower.diagonal().clone()
         # A pivot below this is rounding error of the factorization, not information.
-        floor = mean * torch.finfo(hessian.dtype).eps * len(hessian)
+        floor = mean * torch.finfo(lower.dtype).eps * len(hessian)
         if int(info) == 0 and bool((diagonal.square() > floor).all()):
-            _reverse(lower.div_(diagonal))
-            return Pivots(lower.triu_(1), diagonal.square().flip(0), share)
+            upper = lower.div_(diagonal).float()
+            del lower
+            return Pivots(upper.flip(0, 1).triu_(1), diagonal.square().flip(0), share)
     return None
-
-
-def _reverse(matrix: Tensor) -> None:
-    """flip(0, 1) of a contiguous matrix. In place."""
-    flat = matrix.view(-1)
-    size, middle = len(flat), len(flat) // 2
-    for a in range(0, middle, REVERSE_ELEMENTS):
-        b = min(a + REVERSE_ELEMENTS, middle)
-        front, back = flat[a:b], flat[size - b : size - a]
-        last = back.flip(0)
-        back.copy_(front.flip(0))
-        front.copy_(last)
 
 
 def gptq(
@@ -116,7 +105,7 @@ def gptq(
     if problem is not None:
         return Choice(weight=search(weight, scheme), algorithm="mse", reason=problem)
     permutation = _order(hessian, order)
-    factors = ldl(hessian.detach().to(torch.float64), order=permutation)
+    factors = ldl(hessian.detach(), order=permutation)
     h = hessian.detach().float()
     h = (h + h.T).div_(2)
     rounded = measured(Choice(weight=start, algorithm="rtn"), weight, h)
@@ -273,7 +262,7 @@ def feedback(
     """Round column by column, each with the errors of those before it. Returns codes (N, K)."""
     columns = _Columns.of(grid, weight.shape, permutation, scheme.fmt)
     w = weight.detach().float().T[permutation].contiguous()  # (K, N): a column is a row here
-    upper = factors.upper.float()
+    upper = factors.upper
     error = torch.zeros_like(w)
     for a in range(0, len(w), BLOCK):
         b = min(a + BLOCK, len(w))

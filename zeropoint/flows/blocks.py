@@ -254,6 +254,11 @@ class OnDisk(Residence):
         self._here.add(block)
         return passed
 
+    def chosen(self, live: QModule) -> None:
+        weight = live._parameters["weight"]
+        assert weight is not None
+        _give(weight, torch.empty_like(weight, device="meta"))
+
     def leave(self, block: nn.Module, passed: Passed) -> None:
         if block not in self._earlier:
             name = self._names[block]

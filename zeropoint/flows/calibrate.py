@@ -82,6 +82,12 @@ class Residence:
         """Let the block have its values. In place. Returns what an earlier run made of it."""
         return None
 
+    def chosen(self, live: QModule) -> None:
+        """The codes of a live module are known, and its float weight is wanted no more. In place.
+
+        A model in memory keeps it all the same: a call that fails leaves it as it was.
+        """
+
     def leave(self, block: nn.Module, passed: Passed) -> None:
         """The block is frozen and will be wanted no more, but to run. In place."""
 
@@ -393,6 +399,7 @@ def _block(
                 choice = replace(choice, weight=replace(choice.weight, dtype=dtype))
                 work.chosen[work.tie[module]] = (work.live[module][0], choice.weight)
                 _use_image(module, choice.weight)
+                work.residence.chosen(work.live[module][0])
                 work.report(module, choice, tokens, folded.get(names[module]))
     _round_kept(work, block, dtypes)
     capture.advance(stream, index, block)

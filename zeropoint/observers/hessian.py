@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Hessian(NamedTuple):
-    """matrix: (K, K) float64, the mean of x x^T over `tokens` inputs (0 when there were none)."""
+    """matrix: (K, K) float32, the mean of x x^T over `tokens` inputs (0 when there were none)."""
 
     matrix: Tensor
     tokens: int
@@ -29,7 +29,8 @@ class HessianObserver:
         self._tokens += len(x)
 
     def result(self) -> Hessian:
-        """The mean. In place, and so the observer's last word: of 8192 columns it takes 537 MB."""
-        if self._tokens:  # else memory that nobody has touched stays so
-            self._sum.div_(self._tokens)
-        return Hessian(self._sum, self._tokens)
+        """The mean, the observer's last word: the sum, 537 MB of 8192 columns, is let go."""
+        total, self._sum = self._sum, self._sum.new_empty(0)
+        if self._tokens == 0:  # memory that nobody has touched stays so
+            return Hessian(total.new_zeros(total.shape, dtype=torch.float32), 0)
+        return Hessian(total.div_(self._tokens).float(), self._tokens)
