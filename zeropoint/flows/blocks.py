@@ -258,6 +258,7 @@ class OnDisk(Residence):
         weight = live._parameters["weight"]
         assert weight is not None
         _give(weight, torch.empty_like(weight, device="meta"))
+        trim()
 
     def leave(self, block: nn.Module, passed: Passed) -> None:
         if block not in self._earlier:

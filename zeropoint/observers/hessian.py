@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ROWS = 2048  # of the matrix, that are summed at a time
+
 
 class Hessian(NamedTuple):
     """matrix: (K, K) float32, the mean of x x^T over `tokens` inputs (0 when there were none)."""
@@ -25,7 +27,10 @@ class HessianObserver:
     def update(self, x: Tensor) -> None:
         """x: (T, K) float, padding left out already."""
         wide = x.detach().float()
-        self._sum += wide.T @ wide
+        for rows, columns in zip(
+            self._sum.split(ROWS), wide.split(ROWS, dim=1), strict=True
+        ):  # the product of all is as large again
+            rows += columns.T @ wide
         self._tokens += len(x)
 
     def result(self) -> Hessian:
