@@ -52,8 +52,7 @@ from zeropoint.scheme import Scheme
 needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 every_isa = pytest.mark.parametrize("isa", instruction_sets(), indirect=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OWN_LEVELS = [g for g in GRIDS if not get_format(g[0]).learns_levels]
-FORMATS_AND_SIGNS = OWN_LEVELS + [("bfloat16", True), ("float16", True)]
+FORMATS_AND_SIGNS = GRIDS + [("bfloat16", True), ("float16", True)]
 QUANTIZED = [
     (f.name, symmetric)
     for f in INTEGERS + TABLES

@@ -21,7 +21,7 @@ from zeropoint.numerics import double_quant, get_scale_dtype, scale_shape
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
-VERSION = 4  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+VERSION = 5  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
 LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DOUBLE_QUANT = 3  # a scale_dtype: scales in 8 bits
@@ -79,13 +79,13 @@ def _load() -> ctypes.CDLL | str:
 
 def _declare(library: ctypes.CDLL) -> None:
     library.zp_linear.argtypes = [
-        POINTER(Format), c_void_p, c_void_p, c_void_p,  # weight
+        POINTER(Format), c_void_p, c_void_p, c_void_p, c_void_p,  # weight
         c_void_p, c_int32,  # bias
         c_void_p, c_int32, c_int64, c_int64, c_int32,  # x
         c_void_p, c_int32,  # y, threads
     ]  # fmt: skip
     library.zp_rows.argtypes = [
-        POINTER(Format), c_void_p, c_void_p, c_void_p,  # weight
+        POINTER(Format), c_void_p, c_void_p, c_void_p, c_void_p,  # weight
         c_void_p, c_int64, c_void_p, c_int32, c_int32,
     ]  # fmt: skip
     library.zp_quantize.argtypes = [
@@ -177,13 +177,10 @@ def _scale_levels() -> ctypes.Array[c_float]:
     return (c_float * 256)(*double_quant.levels().tolist())
 
 
-def _contiguous_parts(weight: QTensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """packed, scale, zero_point: themselves where they are contiguous."""
-    return (
-        weight.packed.contiguous(),
-        None if weight.scale is None else weight.scale.contiguous(),
-        None if weight.zero_point is None else weight.zero_point.contiguous(),
-    )
+def _contiguous_parts(weight: QTensor) -> tuple[Tensor | None, ...]:
+    """packed, scale, zero_point, levels: themselves where they are contiguous."""
+    parts = (weight.packed, weight.scale, weight.zero_point, weight.levels)
+    return tuple(None if part is None else part.contiguous() for part in parts)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -208,7 +205,8 @@ def bind_linear(weight: QTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     n, k = weight.shape
     call = _library().zp_linear
     form = byref(_format(weight.scheme, n, k))
-    packed, scale, zero_point = _contiguous_parts(weight)
+    packed, scale, zero_point, levels = _contiguous_parts(weight)
+    assert packed is not None
     int8_activations = weight.scheme.activations == "int8"
     get_threads = torch.get_num_threads
     empty = torch.empty
@@ -231,6 +229,7 @@ def bind_linear(weight: QTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
             packed.data_ptr(),
             None if scale is None else scale.data_ptr(),
             None if zero_point is None else zero_point.data_ptr(),
+            None if levels is None else levels.data_ptr(),
             None if bias is None else bias.data_ptr(),
             0 if bias is None else DTYPES[bias.dtype],
             x.data_ptr(),
@@ -262,13 +261,11 @@ def rows(weight: QTensor, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
     if indices is not None:
         indices = indices.to(torch.int64).contiguous()
     count = n if indices is None else indices.numel()
-    packed, scale, zero_point = _contiguous_parts(weight)
+    parts = _contiguous_parts(weight)
     out = torch.empty((*((n,) if indices is None else indices.shape), k), dtype=dtype, device="cpu")
     result = _library().zp_rows(
         byref(_format(weight.scheme, n, k)),
-        _pointer(packed),
-        _pointer(scale),
-        _pointer(zero_point),
+        *map(_pointer, parts),
         _pointer(indices),
         count,
         out.data_ptr(),

@@ -27,6 +27,7 @@ def test_the_dictionary_has_the_documented_keys_and_is_json():
         "measured_kl",
         "predicted_error",
         "measured_error",
+        "calibration",
     }
     keys = "name action scheme kernel reason elements bytes_before bytes_after".split()
     assert all(list(row) == keys for row in data["modules"])

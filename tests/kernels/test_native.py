@@ -33,8 +33,7 @@ from zeropoint.scheme import Scheme
 needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("int4", "int3", "int8", "nf4", "float8_e4m3fn", "float8_e5m2", "bfloat16")
-OWN_LEVELS = [g for g in GRIDS if not FORMATS[g[0]].learns_levels]
-FORMATS_AND_SIGNS = OWN_LEVELS + [("bfloat16", True), ("float16", True)]
+FORMATS_AND_SIGNS = GRIDS + [("bfloat16", True), ("float16", True)]
 
 
 every_isa = pytest.mark.parametrize("isa", instruction_sets(), indirect=True)

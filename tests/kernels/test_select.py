@@ -39,14 +39,6 @@ def test_every_job_finds_a_kernel_on_the_cpu_that_is_not_the_oracle(scheme, op):
     assert choice.kernel in KERNELS and choice.kernel != "reference"
 
 
-def test_levels_of_rows_are_for_the_torch_kernel():
-    choice = choose(Spec(op="linear", scheme=Scheme.of("any4"), shape=(8, 64), device="cpu"))
-    assert choice.kernel == "torch"
-    assert choice.refused == {
-        "native": "it has one table of levels for a weight, any4 one for each row"
-    }
-
-
 def test_a_kernel_is_found_by_name():
     assert get_kernel("torch") is torch_dense
     assert get_kernel("reference") is reference

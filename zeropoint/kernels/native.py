@@ -29,8 +29,6 @@ def why_not(spec: Spec) -> str | None:
         return f"group_size={size} is not a multiple of {GROUP_STEP}"
     if get_scale_dtype(spec.scheme.scale_dtype) not in native.SCALE_DTYPES:
         return f"it does not read scales of {spec.scheme.scale_dtype}"
-    if spec.scheme.fmt.learns_levels:
-        return f"it has one table of levels for a weight, {spec.scheme.format} one for each row"
     if 0 in spec.shape:
         return "the weight is empty"
     if spec.shape[1] > native.MOST_COLUMNS:
