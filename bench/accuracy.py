@@ -167,7 +167,7 @@ def measure(model: Any, windows: list[Tensor], reference: list[Tensor]) -> dict[
     parts = []
     for window, expected in zip(windows, reference, strict=True):
         parts.append(token_distances(expected, logits_of(model, [window])[0], window[1:]))
-    d = TokenDistances(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    d = TokenDistances(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
     return {
         "tokens": len(d.kl),
         "reference_perplexity": float(d.reference_nll.mean().exp()),
@@ -239,16 +239,21 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=None, help="of calibration")
     parser.add_argument("--windows", type=int, default=24, help="of evaluation, 512 tokens each")
     parser.add_argument("--seeds", default="0", help="of the calibration text, as 0,1,2")
+    parser.add_argument("--device", default="cpu", help="where all of it runs; peers: on the CPU")
     parser.add_argument("--targets", action="store_true")
     arguments = parser.parse_args()
     original, tokenizer = zp.load(arguments.reference)
+    original.to(arguments.device)
     code = inspect.getsource(argparse) + inspect.getsource(difflib)
     texts = {
         "reference manual": evaluation_windows(tokenizer, arguments.windows),
         "source code": windows_of(code, tokenizer, arguments.windows // 3),
     }
+    texts = {name: [w.to(arguments.device) for w in windows] for name, windows in texts.items()}
     expected = {name: logits_of(original, windows) for name, windows in texts.items()}
     about = circumstances(PACKAGES) | {"threads": torch.get_num_threads()}
+    if arguments.device != "cpu":
+        about |= {"device": torch.cuda.get_device_name(arguments.device)}
     missed = 0
     for setting in arguments.settings.split(","):
         best = float("inf")
