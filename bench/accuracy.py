@@ -167,7 +167,7 @@ def measure(model: Any, windows: list[Tensor], reference: list[Tensor]) -> dict[
     parts = []
     for window, expected in zip(windows, reference, strict=True):
         parts.append(token_distances(expected, logits_of(model, [window])[0], window[1:]))
-    d = TokenDistances(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    d = TokenDistances(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return {
         "tokens": len(d.kl),
         "reference_perplexity": float(d.reference_nll.mean().exp()),

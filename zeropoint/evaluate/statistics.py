@@ -27,8 +27,9 @@ def block_bootstrap(values: Tensor, *, block: int = BLOCK_TOKENS, seed: int = 0)
 
     values: (T,) float, in text order. Fewer than 2 blocks give no interval.
     """
-    mean = float(values.double().mean())
-    blocks = list(values.double().split(block))
+    values = values.double().cpu()
+    mean = float(values.mean())
+    blocks = list(values.split(block))
     if len(blocks) < 2:
         return Interval(mean, None, None)
     sums = torch.stack([b.sum() for b in blocks])
