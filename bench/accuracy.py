@@ -8,8 +8,9 @@ or what the model writes itself; the answer is measured on the first windows of 
 which no rung sees, and on a text of another kind, the source code of the standard library.
 Embedding and head are int8 per row, but for `budget-75MB`, which chooses for them as well, on the
 calibration text; peers leave them float. Peers run where they are installed
-(`pip install auto-round==0.16 hqq==0.2.8.post1`). One JSON line for every rung, setting and seed is
-appended to bench/results/accuracy.jsonl; `--targets` fails where the best rung misses its target.
+(`pip install auto-round==0.16 hqq==0.2.8.post1 bitsandbytes==0.50.2`). One JSON line for every
+rung, setting and seed is appended to bench/results/accuracy.jsonl; `--targets` fails where the best
+rung misses its target. `python bench/accuracy.py --plot FILE` measures nothing, it draws the lines.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import argparse
 import copy
 import difflib
 import inspect
+import json
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,9 +38,10 @@ import zeropoint as zp
 from zeropoint.evaluate.statistics import TokenDistances, block_bootstrap, token_distances
 from zeropoint.evaluate.text import calibration_text, evaluation_text
 from zeropoint.flows.data import EFFORTS
+from zeropoint.plot.canvas import BLUE, GREEN, GREY, INK, RED, SKY, SMALL, figure_of, new_axes, tidy
 
 RESULTS = FOLDER / "accuracy.jsonl"
-PACKAGES = ("torch", "transformers", "auto-round", "hqq")
+PACKAGES = ("torch", "transformers", "auto-round", "hqq", "bitsandbytes")
 WINDOW = 512
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
@@ -47,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int3": {"weights": "int3", "group_size": -1},
     "int2-g64": {"weights": "int2", "group_size": 64},
     "int2-g32": {"weights": "int2", "group_size": 32},
-    "nf4-g64": {"weights": "nf4"},
+    "nf4-g64": {"weights": "nf4", "group_size": 64},
     "any4-g64": {"weights": "any4"},
     "float8": {"weights": "float8_e4m3fn"},
     "budget-75MB": {"budget": "75MB"},  # of the whole model; int3-g64 takes 73.4 MB
@@ -129,10 +135,29 @@ def auto_round(model: Any, tokenizer: Any, bits: int, group_size: int, seed: int
     return bits + (16 + bits) / group_size
 
 
+def bitsandbytes(model: Any, tokenizer: Any, bits: int, group_size: int, seed: int) -> float:
+    """bitsandbytes 0.50.2: nf4 without double quantization; float32 absmax."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for layer in linears_of(model).values():
+        codes, state = quantize_4bit(layer.weight.data, blocksize=group_size, quant_type="nf4")
+        layer.weight.data.copy_(dequantize_4bit(codes, state))
+    return bits + 32 / group_size
+
+
 PEERS: dict[str, Callable[[Any, Any, int, int, int], float]] = {
     "hqq": hqq,
     "auto-round": auto_round,
+    "bitsandbytes": bitsandbytes,
 }
+
+
+def fits(name: str, setting: str) -> bool:
+    """Whether a peer has the setting's format; every rung of ours has."""
+    if name not in PEERS:
+        return True
+    weights = SETTINGS[setting].get("weights", "")
+    return "group_size" in SETTINGS[setting] and (name == "bitsandbytes") == (weights == "nf4")
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -185,7 +210,7 @@ def run(
     scheme = SETTINGS[setting]
     start = time.perf_counter()
     if name in PEERS:
-        bits = PEERS[name](model, tokenizer, int(scheme["weights"][3:]), scheme["group_size"], seed)
+        bits = PEERS[name](model, tokenizer, int(scheme["weights"][-1]), scheme["group_size"], seed)
         return model, {
             "seconds": round(time.perf_counter() - start, 1),
             "bits_per_linear_weight": bits,
@@ -233,7 +258,7 @@ def zp_names(report: Any) -> list[str]:
 def main() -> int:
     """Every rung of every setting. Returns the number of targets missed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("reference")
+    parser.add_argument("reference", nargs="?")
     parser.add_argument("--rungs", default=",".join((*RUNGS, *PEERS)))
     parser.add_argument("--settings", default=",".join(TARGETS))
     parser.add_argument("--tokens", type=int, default=None, help="of calibration")
@@ -241,7 +266,13 @@ def main() -> int:
     parser.add_argument("--seeds", default="0", help="of the calibration text, as 0,1,2")
     parser.add_argument("--device", default="cpu", help="where all of it runs; peers: on the CPU")
     parser.add_argument("--targets", action="store_true")
+    parser.add_argument("--plot", type=Path, help="draw the figures there are, and no more")
     arguments = parser.parse_args()
+    if arguments.plot:
+        draw(arguments.plot)
+        return 0
+    if arguments.reference is None:
+        parser.error("REFERENCE, or --plot, is missing")
     original, tokenizer = zp.load(arguments.reference)
     original.to(arguments.device)
     code = inspect.getsource(argparse) + inspect.getsource(difflib)
@@ -258,7 +289,7 @@ def main() -> int:
     for setting in arguments.settings.split(","):
         best = float("inf")
         for name in re.split(",(?! )", arguments.rungs):  # names have ", " in them
-            for seed in map(int, arguments.seeds.split(",")):
+            for seed in map(int, arguments.seeds.split(",") if fits(name, setting) else ()):
                 model, took = run(original, tokenizer, name, setting, arguments.tokens, seed)
                 found = {t: measure(model, texts[t], expected[t]) for t in texts}
                 line = {"setting": setting, "rung": name, "seed": seed, **took}
@@ -284,6 +315,54 @@ def show(line: dict[str, Any]) -> None:
         f"{line['seconds']:.0f} s",
         flush=True,
     )
+
+
+# --- the picture ---
+
+DRAWN = {  # label, colour, marker
+    "rtn": ("rounding to nearest", GREY, "o"),
+    "mse": ("mse", SKY, "o"),
+    "medium": ("gptq, medium", BLUE, "o"),
+    "high": ("gptq, high", INK, "o"),
+    "auto-round": ("AutoRound", RED, "s"),
+    "hqq": ("HQQ", RED, "D"),
+    "bitsandbytes": ("bitsandbytes", GREEN, "s"),
+}
+
+
+def newest(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The last lines by rung and setting, one a seed, of those over the most tokens."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    most = max(line["tokens"] for line in lines)
+    last = {(x["rung"], x["setting"], x["seed"]): x for x in lines if x["tokens"] == most}
+    found = defaultdict(list)
+    for (rung, setting, _), line in last.items():
+        found[rung, setting].append(line)
+    return found
+
+
+def draw(path: Path) -> None:
+    """KL against bits of the linear layers, a colour a method; means over the seeds there are."""
+    ax = new_axes(8, 4.8)
+    for rung, (label, color, marker) in DRAWN.items():
+        points = [
+            (fmean(x["bits_per_linear_weight"] for x in lines), fmean(x["kl"] for x in lines), name)
+            for (other, name), lines in newest(RESULTS).items()
+            if other == rung and "budget" not in SETTINGS[name]
+        ]
+        if not points:
+            continue
+        bits, kl, names = zip(*sorted(points), strict=True)
+        line = "-" if rung in RUNGS else ""
+        ax.plot(bits, kl, color=color, marker=marker, markersize=5, linestyle=line, label=label)
+        if rung == "medium":
+            for x, y, name in zip(bits, kl, names, strict=True):
+                ax.annotate(name, (x, y), (4, 5), textcoords="offset points", fontsize=SMALL)
+    ax.set_yscale("log")
+    y_label = "mean KL divergence (nats per token)"
+    tidy(ax, "What a method loses at a size", "bits per weight of linear layers", y_label, "both")
+    ax.legend(frameon=False, fontsize=SMALL)
+    figure_of(ax).savefig(path)
 
 
 if __name__ == "__main__":
