@@ -11,12 +11,14 @@ import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import zeropoint as zp
 from bench._gguf import write_gguf
 from tests.models import ARCHITECTURES, build, tokenizer
-from zeropoint.errors import RecipeError, SourceError, UnknownNameError
+from zeropoint.errors import RecipeError, SourceError, StreamError, UnknownNameError
 from zeropoint.flows import plan as module
+from zeropoint.flows import trial
 from zeropoint.flows.budget import parse_bytes
 
 
@@ -193,3 +195,92 @@ def test_refused(folder, tmp_path):
     with pytest.raises(SourceError, match="quantized already"):
         zp.plan(tmp_path / "out")
     assert Path(folder).is_dir()
+
+
+# --- trials ---------------------------------------------------------------------------------------
+
+
+def deep(path, layers):
+    """A Llama without embeddings to speak of, in `layers` blocks of 0.8 M weights."""
+    config = SimpleNamespace(
+        architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=256, head_dim=64,
+        intermediate_size=768, num_hidden_layers=layers, num_attention_heads=4, dtype="float32",
+        num_key_value_heads=4, vocab_size=128, tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(vars(config)))
+    shapes = module.float_skeleton(path).state_dict()
+    tensors = {n: torch.randn(p.shape) / 16 for n, p in shapes.items() if n != "lm_head.weight"}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("algorithm", ["mse", "gptq", "auto"])
+def test_a_trial_grows_with_the_layers(tmp_path, monkeypatch, algorithm):
+    """By a clock that counts weights and tokens, not seconds: the machine may be busy."""
+    clock = [0.0]
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: clock[0])
+    choose, run = trial.Algorithm.choose, nn.Linear.forward
+
+    def chosen(self, weight, *rest):
+        clock[0] += weight.numel()
+        return choose(self, weight, *rest)
+
+    def passed(self, x):
+        clock[0] += x.numel()
+        return run(self, x)
+
+    monkeypatch.setattr(trial.Algorithm, "choose", chosen)
+    monkeypatch.setattr(nn.Linear, "forward", passed)
+    how = {"algorithm": algorithm, "trial": True}
+    few = zp.plan(deep(tmp_path / "few", 2), "int4", **how)
+    many = zp.plan(deep(tmp_path / "many", 8), "int4", **how)
+    assert few.tried[0] == many.tried[0] == "model.layers.0"
+    assert 0 < few.quantize_seconds and "from a trial on model.layers.0" in str(few)
+    assert many.quantize_seconds / few.quantize_seconds == pytest.approx(4, rel=0.1)
+
+
+@pytest.mark.parametrize(("algorithm", "effort"), [("rtn", None), ("gptq", "low")])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_a_trial_of_other_models_is_positive(tmp_path, name, algorithm, effort):
+    build(name).save_pretrained(tmp_path / "float")
+    options = {"algorithm": algorithm, "effort": effort}
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    plan = zp.plan(tmp_path / "float", "int8", trial=True, **options)
+    assert plan.quantize_seconds > 0 and plan.to_dict()["tried"] == list(plan.tried)
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    without = zp.plan(tmp_path / "float", "int8", **options)
+    assert without.quantize_seconds is None and without.tried == ()
+    assert without.report == plan.report
+
+
+def test_a_trial_by_a_budget_is_of_what_fits(folder):
+    needed = zp.plan(folder, "int4").bytes_after
+    plan = zp.plan(folder, budget=needed, trial=True)
+    assert plan.weights == "int4" and plan.quantize_seconds > 0
+
+
+def test_what_there_is_no_trial_of(folder, tmp_path):
+    with pytest.raises(SourceError, match="owner/name is on the hub.*leave trial"):
+        zp.plan("owner/name", trial=True)
+    with pytest.raises(StreamError, match='not loaded as a whole.*effort "high"'):
+        zp.plan(folder, algorithm="gptq", effort="high", trial=True)
+    assert 'effort "high"' in zp.plan(folder, algorithm="gptq", effort="high").whole
+    write_gguf(build("llama-tied"), tmp_path / "m.gguf")
+    with pytest.raises(StreamError, match="leave trial .--trial. out: a .gguf file"):
+        zp.plan(tmp_path / "m.gguf", trial=True)
+    build("vit").save_pretrained(tmp_path / "vit")
+    with pytest.raises(StreamError, match="reads no text; no trial of calibrating"):
+        zp.plan(tmp_path / "vit", "int8", algorithm="gptq", trial=True)
+    assert zp.plan(tmp_path / "vit", "int8", trial=True).quantize_seconds > 0
+    with pytest.raises(RecipeError, match="uses no calibration data"):
+        zp.plan(folder, algorithm="mse", effort="low")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [(0.2, "about 1 s"), (100, "about 100 s"), (180, "about 3 min"), (9000, "about 2 h")],
+)
+def test_seconds_as_a_person_says_them(seconds, says):
+    assert module.duration(seconds) == says

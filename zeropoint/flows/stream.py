@@ -502,7 +502,7 @@ def _run(
         if not _installed(journal.notes, out):
             written.mkdir(exist_ok=True)
             _keep_only_tensors(written)
-            hashes = _write_tensors(
+            hashes = write_tensors(
                 job,
                 algorithm,
                 calibrated,
@@ -512,7 +512,7 @@ def _run(
                 on_step,
                 on_unit,
                 say,
-                delete_source,
+                delete_source=delete_source,
             )
             _copy_files(job.folder, written)
             native.write_config(written, job.contents)
@@ -557,7 +557,7 @@ def _identity(job: Job, algorithm: Algorithm, earlier: Record) -> dict[str, Any]
     }
 
 
-def _write_tensors(
+def write_tensors(
     job: Job,
     algorithm: Algorithm,
     calibrated: Calibrated | None,
@@ -567,9 +567,10 @@ def _write_tensors(
     on_step: OnStep,
     on_unit: OnUnit,
     say: Callable[[str], None],
+    *,
     delete_source: bool,
 ) -> dict[str, str]:
-    """Returns the SHA-256 of each file."""
+    """Write all of a job's tensors into a folder. Returns the SHA-256 of each file."""
     present = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
     tensors = native.stored_tensors(job.contents)
     names = [*job.contents.qweights, *job.contents.tensors]
