@@ -13,15 +13,16 @@ import torch
 
 from zeropoint.algorithms import Algorithm, get_algorithm
 from zeropoint.checkpoints import native
-from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored, read_headers
-from zeropoint.checkpoints.shard import DTYPES, layout
+from zeropoint.checkpoints.floats import Stored, read_headers
+from zeropoint.checkpoints.shard import DTYPES
 from zeropoint.errors import RecipeError, SourceError, StreamError
 from zeropoint.flows.blocks import check_streams
 from zeropoint.flows.budget import parse_bytes
+from zeropoint.flows.calibrated_memory import calibrated_bytes
 from zeropoint.flows.data import Calibration
 from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name
 from zeropoint.flows.report import Report
-from zeropoint.flows.stream import WORKERS, Job, outline, without_values
+from zeropoint.flows.stream import WORKERS, Job, copied_files, outline, without_values
 from zeropoint.flows.trial import WITHOUT, try_out
 from zeropoint.model.load import float_skeleton
 from zeropoint.model.pages import resident_bytes
@@ -215,9 +216,10 @@ def _plan(work: _Work, options: Mapping[str, Any], recipe: Recipe | None, trial:
             check_streams(work.how)
         stored = _headers(work.found)
         job = outline(work.where, skeleton, stored, options, recipe=recipe, strict=False)
-        job = replace(job, contents=replace(job.contents, algorithm=work.algorithm.name))
         contents, report = job.contents, job.report
         extra = _streamed_bytes(job)
+        if work.how is not None:
+            extra = calibrated_bytes(job, skeleton, work.algorithm, work.how, extra)
     except StreamError as e:
         if trial:
             raise StreamError(f"a trial is of what is not loaded as a whole, {WITHOUT}: {e}") from e
@@ -228,6 +230,8 @@ def _plan(work: _Work, options: Mapping[str, Any], recipe: Recipe | None, trial:
         )
         largest = max((m.bytes_before for m in report.modules), default=0)
         extra = report.bytes_after + largest
+        if work.how is not None:  # its float weights stay, too
+            extra += report.bytes_before
     peak = resident_bytes() + extra
     if trial:
         prepared = time.perf_counter() - start
@@ -237,7 +241,7 @@ def _plan(work: _Work, options: Mapping[str, Any], recipe: Recipe | None, trial:
         report=report,
         weights=None if recipe is not None else options["weights"] or "int8",
         peak_rss_bytes=peak,
-        disk_bytes=_disk_bytes(contents, work.where),
+        disk_bytes=_disk_bytes(replace(contents, algorithm=work.algorithm.name), work.where),
         kv_cache_bytes=None if work.context is None else _kv_cache_bytes(config, work.context),
         whole=whole,
         warnings=_warnings(report, work.how is not None),
@@ -283,18 +287,12 @@ def _nbytes(contents: native.Contents, name: str) -> int:
 
 
 def _disk_bytes(contents: native.Contents, where: str | Path) -> int:
-    """Of the output: tensors with headers and manifest, and the files that are carried over."""
-    metadata = native.metadata(contents)
-    groups = native.shards(native.stored_tensors(contents)).values()
-    tensors = sum(layout(group, metadata).size for group in groups)
-    carried = 0
-    if isinstance(where, Path) and where.is_dir():
-        carried = sum(
-            p.stat().st_size
-            for p in where.rglob("*")
-            if p.is_file() and not p.name.endswith(WEIGHT_SUFFIXES)
-        )
-    return tensors + native.manifest_bytes(contents) + carried
+    """Of the output, exactly where it is written from a folder to a folder. Of a hub repository,
+    what is beside the tensors is not known; a model that is loaded writes its tokenizer anew.
+    """
+    local = isinstance(where, Path) and where.is_dir()
+    files = copied_files(Path(where)) if local else {}
+    return native.disk_bytes(contents, {n: p.stat().st_size for n, p in files.items()})
 
 
 def _kv_cache_bytes(config: Any, context: int) -> int:

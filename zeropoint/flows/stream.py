@@ -743,14 +743,23 @@ def _part_names(job: Job, name: str) -> list[str]:
     return [name] if weight is None else [name + suffix for suffix in weight.parts]
 
 
-def _copy_files(source: Path, folder: Path) -> None:
-    """Everything that holds no weights: tokenizer, generation config, chat template, code."""
+def copied_files(source: Path) -> dict[str, Path]:
+    """Everything that holds no weights - tokenizer, generation config, chat template, code - by its
+    name in the output.
+    """
     written_here = {native.CONFIG, native.MANIFEST}
+    weights = (*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx")
+    files = {}
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not path.is_file() or str(inside) in written_here:
-            continue
-        if not path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx")):
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / inside)
+        if not hidden and path.is_file() and str(inside) not in written_here:
+            if not path.name.endswith(weights):
+                files[str(inside)] = path
+    return files
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for name, path in copied_files(source).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)

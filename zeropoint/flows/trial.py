@@ -27,10 +27,10 @@ from zeropoint.checkpoints.journal import Journal
 from zeropoint.errors import StreamError
 from zeropoint.flows.calibrate import Passed, Residence, calibrate
 from zeropoint.flows.data import Calibration, of_written, window_of
+from zeropoint.flows.parts import chains_of, elements_of, is_embedding
 from zeropoint.flows.stream import JOURNAL, WORKERS, Job, live_model, write_tensors
-from zeropoint.model import capture
 from zeropoint.model.replace import give_values, replace_module
-from zeropoint.nn import QEmbedding, QModule
+from zeropoint.nn import QEmbedding
 from zeropoint.progress import no_progress, no_units
 from zeropoint.qtensor import empty
 from zeropoint.scheme import Rule, Scheme
@@ -57,7 +57,7 @@ def try_out(
     Raises StreamError for one that calibrates a model without blocks, or one that reads no text;
     what `zp.compress` raises about values.
     """
-    chains = _chains(job, skeleton)
+    chains = chains_of(job, skeleton)
     inside = {name for blocks in chains for names in blocks.values() for name in names}
     outside = [n for n in (*job.contents.qweights, *job.contents.tensors) if n not in inside]
     first = next(iter(job.sources))
@@ -76,16 +76,6 @@ def try_out(
 # --- what there is to try ---
 
 
-def _chains(job: Job, skeleton: nn.Module) -> list[dict[str, list[str]]]:
-    """Of each chain, the names of what each block holds, by the block's name."""
-    quantized = [m for m in skeleton.modules() if isinstance(m, QModule)]
-    names = (*job.contents.qweights, *job.contents.tensors)
-    return [
-        {block: [n for n in names if n.startswith(f"{block}.")] for block in blocks}
-        for blocks in capture.chains(skeleton, quantized).values()
-    ]
-
-
 def _usual(job: Job, blocks: Mapping[str, Sequence[str]]) -> list[str]:
     """The blocks of the kind of which there are most: of one shape, in one scheme."""
 
@@ -96,11 +86,6 @@ def _usual(job: Job, blocks: Mapping[str, Sequence[str]]) -> list[str]:
     kinds = {block: kind(block) for block in blocks}
     ((most, _),) = Counter(kinds.values()).most_common(1)
     return [block for block in blocks if kinds[block] == most]
-
-
-def _elements(job: Job, names: Sequence[str]) -> int:
-    sources = (job.sources.get(name) for name in names)
-    return sum(torch.Size(s.shape).numel() for s in sources if s is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +112,7 @@ def _some(job: Job, names: Sequence[str]) -> Job:
 def _cut(job: Job, name: str) -> Job:
     """The job of some rows of a weight or tensor."""
     some, stored = _some(job, [name]), job.sources[name]
-    rows = max(1, SOME_ELEMENTS * stored.shape[0] // max(1, _elements(job, [name])))
+    rows = max(1, SOME_ELEMENTS * stored.shape[0] // max(1, elements_of(job, [name])))
     if len(stored.shape) != 2 or rows >= stored.shape[0] or name in job.transposed:
         return some
     shape = (rows, stored.shape[1])
@@ -159,8 +144,8 @@ def _data_free(job: Job, blocks: Mapping[str, Sequence[str]], algorithm: Algorit
     if seconds < ENOUGH_SECONDS and len(usual) > 1:
         tried = usual[: max(2, int(ENOUGH_SECONDS / seconds))]
         seconds = _write(_some(job, [name for block in tried for name in blocks[block]]), algorithm)
-    all_of_it = _elements(job, [name for names in blocks.values() for name in names])
-    share = all_of_it / _elements(job, [name for block in tried for name in blocks[block]])
+    all_of_it = elements_of(job, [name for names in blocks.values() for name in names])
+    share = all_of_it / elements_of(job, [name for block in tried for name in blocks[block]])
     return Trial(seconds=seconds * share, tried=tuple(tried))
 
 
@@ -200,23 +185,18 @@ def _outside(
     for name in names:
         if name in job.sources:
             weight = job.contents.qweights.get(name)
-            multiplied = calibrated and weight is not None and not _is_embedding(skeleton, name)
+            multiplied = calibrated and weight is not None and not is_embedding(skeleton, name)
             kinds.setdefault((weight and weight.scheme, multiplied), []).append(name)
     seconds = 0.0
     for (_, multiplied), alike in kinds.items():
-        largest = max(alike, key=lambda name: _elements(job, [name]))
+        largest = max(alike, key=lambda name: elements_of(job, [name]))
         part = _cut(job, largest)
         if multiplied:
             took = _solve(part, largest, algorithm)
         else:  # an embedding has no inputs to weigh columns by
             took = _write(part, ALGORITHMS["mse"] if calibrated else algorithm)
-        seconds += took * _elements(job, alike) / _elements(part, [largest])
+        seconds += took * elements_of(job, alike) / elements_of(part, [largest])
     return seconds
-
-
-def _is_embedding(skeleton: nn.Module, name: str) -> bool:
-    module = skeleton.get_submodule(name.removesuffix(".weight"))
-    return isinstance(module, QModule) and module.role == "embedding"
 
 
 def _solve(part: Job, name: str, algorithm: Algorithm) -> float:
@@ -321,7 +301,7 @@ def _calibrated(
     tried(nearest, few)  # what is only slow the first time
     solved, rounded = tried(algorithm, few), tried(nearest, many)
     windows = how.tokens / window_of(skeleton, how)
-    head = any(n in job.contents.qweights and not _is_embedding(skeleton, n) for n in outside)
+    head = any(n in job.contents.qweights and not is_embedding(skeleton, n) for n in outside)
     seconds = 0.0
     for chain, short, long in zip(chains, solved, rounded, strict=True):
         fixed = short.all - short.solving
