@@ -29,11 +29,20 @@ def test_a_budget_names_the_format_it_chose(cli: Cli, llama: Path) -> None:
     assert "of memory" in ran.out and "of disk" in ran.out
 
 
+def test_a_trial_says_how_long_it_takes(cli: Cli, llama: Path) -> None:
+    ran = cli("plan", llama, "--algorithm", "gptq", "--effort", "low", "--trial", "--json", "-")
+    assert ran.code == 0, ran.err
+    assert ran.json["quantize_seconds"] > 0 and ran.json["tried"] == ["model.layers.0"]
+    assert "from a trial on model.layers.0" in ran.err
+    assert cli("plan", llama, "--json", "-").json["quantize_seconds"] is None
+
+
 def test_mistakes(cli: Cli, llama: Path, checkpoint: Path) -> None:
     for arguments, says in (
         ((llama, "--budget", "12 parsecs"), "is no size"),
         ((llama, "--budget", "1KB"), "nothing fits"),
         ((llama, "--weights", "int9"), "int9"),
+        ((llama, "--effort", "low"), "uses no calibration data"),
         ((checkpoint,), "quantized already"),
     ):
         ran = cli("plan", *arguments)

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from zeropoint.checkpoints.atomic import replace_directory
-from zeropoint.checkpoints.shard import as_bytes, write_file
+from zeropoint.checkpoints.shard import as_bytes, layout, write_file
 from zeropoint.errors import CheckpointError, ZeropointError
 from zeropoint.progress import OnStep, no_progress
 from zeropoint.qtensor import PARTS, QTensor, check_parts, empty, part_specs
@@ -45,6 +45,7 @@ HEADER = "zeropoint"  # the manifest's key in the metadata of safetensors files
 LIVE_HEADER = {"zeropoint_state": "live"}  # of files that transformers writes while training
 MAX_SHARD_BYTES = 1_000_000_000  # a file is hashed while the next one is written
 SLACK_BYTES = 32_000_000  # headers, configuration, tokenizer: what is beside the tensors
+SHA256_DIGITS = 64
 _HASHERS = 4  # threads
 
 
@@ -151,15 +152,22 @@ def metadata(contents: Contents) -> dict[str, str]:
 def write_index(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Which file holds which tensor, where there are several."""
     if len(files) > 1:
-        total = sum(t.nbytes for group in files.values() for t in group.values())
-        weight_map = {name: file for file, group in files.items() for name in group}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(folder / INDEX, _index(files))
+
+
+def _index(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    total = sum(t.nbytes for group in files.values() for t in group.values())
+    weight_map = {name: file for file, group in files.items() for name in group}
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def write_config(folder: Path, contents: Contents) -> None:
     """config.json."""
-    quantization = {"quantization_config": quantization_config(contents.recipe)}
-    _write_json(folder / CONFIG, dict(contents.config) | quantization)
+    _write_json(folder / CONFIG, _config(contents))
+
+
+def _config(contents: Contents) -> dict[str, Any]:
+    return dict(contents.config) | {"quantization_config": quantization_config(contents.recipe)}
 
 
 def write_manifest(
@@ -173,9 +181,18 @@ def write_manifest(
     _write_json(folder / MANIFEST, _signed(_manifest(contents) | {"files": files}))
 
 
-def manifest_bytes(contents: Contents) -> int:
-    """The size of the manifest's file, but for what it says of files."""
-    return len(json.dumps(_signed(_manifest(contents)), indent=2))
+def disk_bytes(contents: Contents, others: Mapping[str, int]) -> int:
+    """What `write` would write. The tensors may be on the meta device.
+
+    others: sizes of the files beside the tensors, by their names in the folder.
+    """
+    files = shards(stored_tensors(contents))
+    sizes = {name: layout(group, metadata(contents)).size for name, group in files.items()}
+    if len(files) > 1:
+        sizes[INDEX] = len(_json(_index(files)))
+    sizes |= {**others, CONFIG: len(_json(_config(contents)))}
+    listed = {name: {"bytes": size, "sha256": "0" * SHA256_DIGITS} for name, size in sizes.items()}
+    return sum(sizes.values()) + len(_json(_signed(_manifest(contents) | {"files": listed})))
 
 
 def _files(folder: Path, known: Mapping[str, str]) -> dict[str, Any]:
@@ -241,7 +258,11 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    path.write_text(_json(data), encoding="utf-8")
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2) + "\n"  # ASCII: as many bytes
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -86,6 +86,21 @@ SaveRecipe = Annotated[
         show_default=False,
     ),
 ]
+Algorithm = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="How codes are chosen: rtn (fastest), mse, hqq; gptq, auto (calibrated).",
+    ),
+]
+Effort = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How much work calibrating is: low, medium, or high, which also tunes scales.",
+        show_default="medium",
+    ),
+]
 Json = Annotated[
     str | None,
     typer.Option(

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from zeropoint.cli.options import (
+    Algorithm,
     Debug,
+    Effort,
     Exclude,
     GroupSize,
     Include,
@@ -46,19 +48,31 @@ def plan(
             show_default="none",
         ),
     ] = None,
+    algorithm: Algorithm = "rtn",
+    effort: Effort = None,
+    trial: Annotated[
+        bool,
+        typer.Option(
+            "--trial",
+            help="Quantize one block, in a temporary folder, and say how long all will take.",
+        ),
+    ] = False,
     save_recipe: SaveRecipe = None,
     json_to: Json = None,
     debug: Debug = False,
 ) -> None:
-    """Say what quantizing a model would give and take. Reads its configuration and headers only."""
+    """Say what quantizing a model would give and take. Reads its configuration and headers only,
+    and with --trial one block.
+    """
     start = time.perf_counter()
     screen = Screen(json_to)
     check_recipe_file(save_recipe)
     with screen.spinner("starting"):
         import zeropoint as zp
+        from zeropoint.flows.plan import duration
 
         silence_libraries()
-    with screen.spinner(f"reading the headers of {model}"):
+    with screen.spinner(f"{'trying' if trial else 'reading the headers of'} {model}"):
         found = zp.plan(
             model,
             weights,
@@ -68,6 +82,9 @@ def plan(
             recipe=None if recipe is None else zp.Recipe.load(recipe),
             budget=budget,
             context=context,
+            algorithm=algorithm,
+            effort=effort,
+            trial=trial,
         )
     if save_recipe is not None:
         found.report.recipe.save(save_recipe)
@@ -86,5 +103,7 @@ def plan(
         f"{megabytes(found.disk_bytes)} of disk"
         + ("" if found.whole is None else "; it has to be loaded as a whole")
     )
+    if found.quantize_seconds is not None:
+        screen.line(f"{duration(found.quantize_seconds)}, from a trial on {found.tried[0]}")
     if found.kv_cache_bytes is not None:
         screen.line(f"keys and values of {context:,} tokens: {megabytes(found.kv_cache_bytes)}")

@@ -13,7 +13,9 @@ import typer
 from zeropoint.cli.events import Events
 from zeropoint.cli.options import (
     Activations,
+    Algorithm,
     Debug,
+    Effort,
     Exclude,
     GroupSize,
     Include,
@@ -99,13 +101,7 @@ def quantize(
         ),
     ] = None,
     save_recipe: SaveRecipe = None,
-    algorithm: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="How codes are chosen: rtn (fastest), mse, hqq; gptq, auto (calibrated).",
-        ),
-    ] = "rtn",
+    algorithm: Algorithm = "rtn",
     data: Annotated[
         str | None,
         typer.Option(
@@ -115,14 +111,7 @@ def quantize(
             show_default="self",
         ),
     ] = None,
-    effort: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="How much work calibrating is: low, medium, or high, which also tunes scales.",
-            show_default="medium",
-        ),
-    ] = None,
+    effort: Effort = None,
     observer: Annotated[
         str | None,
         typer.Option(

@@ -45,6 +45,7 @@ from zeropoint.model.capture import Batch
 from zeropoint.model.graph import Fold
 from zeropoint.model.load import load_float, load_tokenizer
 from zeropoint.model.pages import collect, drop_pages, trim
+from zeropoint.model.replace import give_values
 from zeropoint.model.shelf import Shelf
 from zeropoint.model.source import resolve
 from zeropoint.model.walk import named_modules
@@ -80,12 +81,7 @@ class Calibrated:
         offload: Path | None,
         memory_bytes: int | None,
     ) -> None:
-        if options.tune_steps or options.propagate:
-            what = 'effort "high" (tune_steps)' if options.tune_steps else "propagate"
-            raise StreamError(
-                f"{what} needs the whole model, and its float weights as well, in memory; use "
-                "zp.load(source), zp.quantize, zp.freeze and zp.save"
-            )
+        check_streams(options)
         self._model, self._algorithm, self._options = model, algorithm, options
         self._folder, self._task = folder, task
         self._offload, self._memory_bytes = offload, memory_bytes
@@ -151,6 +147,16 @@ class Calibrated:
         for folder in (RECORDS, HIDDEN):
             shutil.rmtree(working / folder, ignore_errors=True)
         (working / TEXT).unlink(missing_ok=True)
+
+
+def check_streams(options: Calibration) -> None:
+    """Raises StreamError for options that want the whole model."""
+    if options.tune_steps or options.propagate:
+        what = 'effort "high" (tune_steps)' if options.tune_steps else "propagate"
+        raise StreamError(
+            f"{what} needs the whole model, and its float weights as well, in memory; use "
+            "zp.load(source), zp.quantize, zp.freeze and zp.save"
+        )
 
 
 def _checksum(batches: list[Batch]) -> int:
@@ -257,7 +263,7 @@ class OnDisk(Residence):
     def chosen(self, live: QModule) -> None:
         weight = live._parameters["weight"]
         assert weight is not None
-        _give(weight, torch.empty_like(weight, device="meta"))
+        give_values(weight, torch.empty_like(weight, device="meta"))
         trim()
 
     def leave(self, block: nn.Module, passed: Passed) -> None:
@@ -317,7 +323,7 @@ class OnDisk(Residence):
                     check_range(values, weight.scheme.format)
                 except ZeropointError as e:
                     raise type(e)(f"{full}: {e}") from e
-            _give(parameter, values)
+            give_values(parameter, values)
 
     def _fill_buffers(self, module: nn.Module, name: str) -> None:
         for leaf, buffer in module._buffers.items():
@@ -336,7 +342,7 @@ class OnDisk(Residence):
         for inner, parameter in block.named_parameters():
             part = self._owner(f"{self._names[block]}.{inner}")
             if part in self._homes and part not in self._contents.qweights:
-                _give(parameter, self._written(part))
+                give_values(parameter, self._written(part))
 
     def _load_codes(self, block: nn.Module) -> None:
         """The codes of a finished block. In place."""
@@ -377,7 +383,7 @@ class OnDisk(Residence):
         """Let go of what can be read again. In place."""
         self._here.discard(block)
         for parameter in block.parameters():
-            _give(parameter, torch.empty_like(parameter, device="meta"))
+            give_values(parameter, torch.empty_like(parameter, device="meta"))
         if block not in self._done:
             return
         for module in block.modules():
@@ -425,9 +431,3 @@ class OnDisk(Residence):
 
 def _join(name: str, leaf: str) -> str:
     return f"{name}.{leaf}" if name and leaf else name or leaf
-
-
-def _give(parameter: nn.Parameter, values: Tensor) -> None:
-    """Let a parameter have other values, on whichever device, wherever it is used. In place."""
-    new = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    torch.utils.swap_tensors(parameter, new)

@@ -112,7 +112,7 @@ def prepare(
     """
     if data is None or is_self(data):
         return of_written(model, write(model, options, on_step), options)
-    window = _window(model, options)
+    window = window_of(model, options)
     own = getattr(model, "config", None) is None  # what its tensors mean is its own business
     if isinstance(data, Tensor) and own:
         return _from_batches(model, [data])
@@ -143,11 +143,12 @@ def is_self(data: Data) -> bool:
 
 def of_written(model: nn.Module, ids: Tensor, options: Calibration) -> Prepared:
     """Batches of what `write` returned."""
-    window = _window(model, options)
+    window = window_of(model, options)
     return _from_windows(model, list(ids), options, window, "text the model wrote itself")
 
 
-def _window(model: nn.Module, options: Calibration) -> int:
+def window_of(model: nn.Module, options: Calibration) -> int:
+    """Tokens of a window, of which the model may not take as many as the options say."""
     return min(options.window, context_length(model) or options.window)
 
 
@@ -162,7 +163,7 @@ def write(model: Any, options: Calibration, on_step: OnStep) -> Tensor:
             f"a {type(model).__name__} cannot write its own calibration text; give data=[texts] "
             "with tokenizer=, or batches"
         )
-    window = _window(model, options)
+    window = window_of(model, options)
     count = max(1, options.tokens // window)
     device = _device(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -1,7 +1,8 @@
-"""What quantizing a model would give and take, before any weight is read."""
+"""What quantizing a model would give and take, before any weight is read (but for a trial)."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,14 +11,19 @@ from typing import Any
 
 import torch
 
+from zeropoint.algorithms import Algorithm, get_algorithm
 from zeropoint.checkpoints import native
-from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored, read_headers
-from zeropoint.checkpoints.shard import DTYPES, layout
+from zeropoint.checkpoints.floats import Stored, read_headers
+from zeropoint.checkpoints.shard import DTYPES
 from zeropoint.errors import RecipeError, SourceError, StreamError
+from zeropoint.flows.blocks import check_streams
 from zeropoint.flows.budget import parse_bytes
-from zeropoint.flows.ptq import Patterns, dtype_name
+from zeropoint.flows.calibrated_memory import calibrated_bytes
+from zeropoint.flows.data import Calibration
+from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name
 from zeropoint.flows.report import Report
-from zeropoint.flows.stream import WORKERS, outline, without_values
+from zeropoint.flows.stream import WORKERS, Job, copied_files, outline, without_values
+from zeropoint.flows.trial import WITHOUT, try_out
 from zeropoint.model.load import float_skeleton
 from zeropoint.model.pages import resident_bytes
 from zeropoint.model.source import Source, resolve
@@ -36,8 +42,9 @@ class Plan:
     budget; None for a recipe. peak_rss_bytes: the most that this process would then occupy, what it
     occupies now included. disk_bytes: of the folder that is written. kv_cache_bytes: of `context`
     tokens of one sequence, in the dtype of the activations; None without a context. whole: why the
-    model would have to be loaded as a whole; None when it is read weight by weight. warnings: what
-    to know before.
+    model would have to be loaded as a whole; None when it is read weight by weight, or block by
+    block. quantize_seconds: of the quantization, from a trial on the blocks `tried`; None and empty
+    without a trial. warnings: what to know before.
     """
 
     report: Report
@@ -47,6 +54,8 @@ class Plan:
     kv_cache_bytes: int | None
     whole: str | None
     warnings: tuple[str, ...]
+    quantize_seconds: float | None = None
+    tried: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -66,10 +75,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `zeropoint plan --json` writes it."""
         keys = ("weights", "peak_rss_bytes", "disk_bytes", "kv_cache_bytes", "whole")
+        trial = {"quantize_seconds": self.quantize_seconds, "tried": list(self.tried)}
         return {
             **{key: getattr(self, key) for key in ("bytes_before", "bytes_after")},
             "bits_per_weight": self.bits_per_weight,
             **{key: getattr(self, key) for key in keys},
+            **trial,
             "warnings": list(self.warnings),
             "recipe": self.report.recipe.to_dict(),
             "modules": [asdict(module) for module in self.report.modules],
@@ -83,9 +94,19 @@ class Plan:
         ]
         if self.kv_cache_bytes is not None:
             lines.append(f"  keys and values of the context {self.kv_cache_bytes / 1e6:,.1f} MB")
+        if self.quantize_seconds is not None:
+            lines.append(f"  {duration(self.quantize_seconds)}, from a trial on {self.tried[0]}")
         if self.whole is not None:
             lines.append(f"  loaded as a whole: {self.whole}")
         return "\n".join(lines + [f"  warning: {w}" for w in self.warnings])
+
+
+def duration(seconds: float) -> str:
+    """As a person would say it: about 40 s, about 3 min, about 5 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {max(1, seconds):.0f} s"
 
 
 def plan(
@@ -105,15 +126,25 @@ def plan(
     task: str | None = None,
     budget: str | float | None = None,
     context: int | None = None,
+    algorithm: str = "rtn",
+    effort: str | None = None,
+    calibration: Calibration | None = None,
+    trial: bool = False,
 ) -> Plan:
     """Plan a quantization by config.json and the headers of the weights alone.
 
     source: as `zp.load` takes it, but not quantized yet. weights to recipe: as `zp.quantize` takes
     them; what `strict=True` refuses there is a warning here. budget: bytes, or text like "8GB"
     (10^9) or "8GiB" (2^30), for weights and, with `context` tokens, keys and values: the widest
-    integer format that fits is planned. task: as `zp.load` takes it.
-    Raises SourceError, CheckpointError, RecipeError (nothing fits the budget, or weights or a
-    recipe beside it), UnknownNameError.
+    integer format that fits is planned. task: as `zp.load` takes it. algorithm, effort,
+    calibration: as `zp.freeze` takes them, by data that is given: text that the model writes itself
+    takes more time, and the memory of the whole model.
+
+    trial: quantize one block of a local folder (of a quick algorithm several, written into a
+    temporary folder), to say how long all of it takes on this machine as busy as it is now.
+    Raises SourceError (a trial of what is not in a local folder, too), CheckpointError, RecipeError
+    (nothing fits the budget, or weights or a recipe beside it), UnknownNameError, StreamError (a
+    trial of what is loaded as a whole, or of calibrating a model that has no blocks or no text).
     """
     options = {
         "weights": weights,
@@ -127,62 +158,106 @@ def plan(
         "include": include,
         "exclude": exclude,
     }
+    chosen = get_algorithm(algorithm)
+    work = _Work(source, chosen, calibration_of(chosen, None, effort, calibration), task, context)
+    if trial and work.found.kind == "hub":
+        raise SourceError(
+            f"{source} is on the hub, and a trial reads weights: download it first, or {WITHOUT}"
+        )
     if budget is None:
-        return _plan(source, options, recipe, task, context)
+        return _plan(work, options, recipe, trial)
     if weights is not None or recipe is not None:
         raise RecipeError("a budget chooses the format; leave weights and recipe out")
     limit = parse_bytes(budget)
     for name in FOR_BUDGETS:
-        found = _plan(source, options | {"weights": name}, None, task, context)
+        found = _plan(work, options | {"weights": name}, None, False)
         needed = found.bytes_after + (found.kv_cache_bytes or 0)
         if needed <= limit:
-            return found
+            return _plan(work, options | {"weights": name}, None, True) if trial else found
     raise RecipeError(
         f"nothing fits in {limit / 1e6:,.1f} MB: {FOR_BUDGETS[-1]} takes {needed / 1e6:,.1f} MB"
         + ("" if context is None else f" with {context} tokens of context")
     )
 
 
-def _plan(
-    source: str | Path,
-    options: Mapping[str, Any],
-    recipe: Recipe | None,
-    task: str | None,
-    context: int | None,
-) -> Plan:
-    found = resolve(source)
-    if found.kind == "native":
-        raise SourceError(f"{source} is quantized already; `zeropoint inspect` shows it")
-    where: str | Path = found.location if found.kind == "hub" else Path(found.location)
+class _Work:
+    """What is planned, whatever the format. how: None for an algorithm that needs no data."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        algorithm: Algorithm,
+        how: Calibration | None,
+        task: str | None,
+        context: int | None,
+    ) -> None:
+        self.found = resolve(source)
+        if self.found.kind == "native":
+            raise SourceError(f"{source} is quantized already; `zeropoint inspect` shows it")
+        self.algorithm, self.how = algorithm, how
+        self.task, self.context = task, context
+
+    @property
+    def where(self) -> str | Path:
+        """The hub id, or the folder or file."""
+        place = self.found.location
+        return place if self.found.kind == "hub" else Path(place)
+
+
+def _plan(work: _Work, options: Mapping[str, Any], recipe: Recipe | None, trial: bool) -> Plan:
+    start = time.perf_counter()
     whole = None
-    skeleton: Any = float_skeleton(where, task)
+    skeleton: Any = float_skeleton(work.where, work.task)
     config = skeleton.config
+    seconds: float | None = None
+    tried: tuple[str, ...] = ()
     try:
-        stored = _headers(found)
-        job = outline(where, skeleton, stored, options, recipe=recipe, strict=False)
+        if work.how is not None:
+            check_streams(work.how)
+        stored = _headers(work.found)
+        job = outline(work.where, skeleton, stored, options, recipe=recipe, strict=False)
         contents, report = job.contents, job.report
-        pieces = [
-            (job.sources[name].nbytes if name in job.sources else 0, _nbytes(contents, name))
-            for name in (*contents.qweights, *contents.tensors)
-        ]
-        extra = max(sum(map(sum, pieces[i : i + WORKERS])) for i in range(len(pieces)))
+        extra = _streamed_bytes(job)
+        if work.how is not None:
+            extra = calibrated_bytes(job, skeleton, work.algorithm, work.how, extra)
     except StreamError as e:
+        if trial:
+            raise StreamError(f"a trial is of what is not loaded as a whole, {WITHOUT}: {e}") from e
         whole = str(e)
-        dtype = torch.float32 if found.kind == "gguf" else config.dtype
+        dtype = torch.float32 if work.found.kind == "gguf" else config.dtype
         contents, report, _ = without_values(
-            where, skeleton, dtype, options, recipe=recipe, strict=False
+            work.where, skeleton, dtype, options, recipe=recipe, strict=False
         )
         largest = max((m.bytes_before for m in report.modules), default=0)
         extra = report.bytes_after + largest
+        if work.how is not None:  # its float weights stay, too
+            extra += report.bytes_before
+    peak = resident_bytes() + extra
+    if trial:
+        prepared = time.perf_counter() - start
+        part, tried = try_out(job, skeleton, work.algorithm, work.how, work.task)
+        seconds = prepared + part
     return Plan(
         report=report,
         weights=None if recipe is not None else options["weights"] or "int8",
-        peak_rss_bytes=resident_bytes() + extra,
-        disk_bytes=_disk_bytes(contents, where),
-        kv_cache_bytes=None if context is None else _kv_cache_bytes(config, context),
+        peak_rss_bytes=peak,
+        disk_bytes=_disk_bytes(replace(contents, algorithm=work.algorithm.name), work.where),
+        kv_cache_bytes=None if work.context is None else _kv_cache_bytes(config, work.context),
         whole=whole,
-        warnings=_warnings(report),
+        warnings=_warnings(report, work.how is not None),
+        quantize_seconds=seconds,
+        tried=tried,
     )
+
+
+def _streamed_bytes(job: Job) -> int:
+    """What a few weights that are quantized at the same time take, as they are read and written."""
+    names = (*job.contents.qweights, *job.contents.tensors)
+    pieces = [
+        (job.sources[name].nbytes if name in job.sources else 0, _nbytes(job.contents, name))
+        for name in names
+    ]
+    return max(sum(map(sum, pieces[i : i + WORKERS])) for i in range(len(pieces)))
 
 
 def _headers(found: Source) -> dict[str, Stored]:
@@ -212,18 +287,12 @@ def _nbytes(contents: native.Contents, name: str) -> int:
 
 
 def _disk_bytes(contents: native.Contents, where: str | Path) -> int:
-    """Of the output: tensors with headers and manifest, and the files that are carried over."""
-    metadata = native.metadata(contents)
-    groups = native.shards(native.stored_tensors(contents)).values()
-    tensors = sum(layout(group, metadata).size for group in groups)
-    carried = 0
-    if isinstance(where, Path) and where.is_dir():
-        carried = sum(
-            p.stat().st_size
-            for p in where.rglob("*")
-            if p.is_file() and not p.name.endswith(WEIGHT_SUFFIXES)
-        )
-    return tensors + native.manifest_bytes(contents) + carried
+    """Of the output, exactly where it is written from a folder to a folder. Of a hub repository,
+    what is beside the tensors is not known; a model that is loaded writes its tokenizer anew.
+    """
+    local = isinstance(where, Path) and where.is_dir()
+    files = copied_files(Path(where)) if local else {}
+    return native.disk_bytes(contents, {n: p.stat().st_size for n, p in files.items()})
 
 
 def _kv_cache_bytes(config: Any, context: int) -> int:
@@ -242,15 +311,15 @@ def _kv_cache_bytes(config: Any, context: int) -> int:
     return int(2 * layers * kv_heads * width * context * itemsize)
 
 
-def _warnings(report: Report) -> tuple[str, ...]:
-    """What to know before one starts, most important first."""
+def _warnings(report: Report, calibrated: bool) -> tuple[str, ...]:
+    """What to know before one starts, most important first. calibrated: by data, not rounded."""
     parameters = sum(m.elements for m in report.modules if m.bytes_before)
     widths = {
         rule.scheme.fmt.bits
         for rule in report.recipe.rules
         if rule.scheme is not None and rule.scheme.format in FORMATS
     }
-    bits = min(widths, default=32)
+    bits = 32 if calibrated else min(widths, default=32)
     warnings = []
     if bits <= 2:
         warnings.append(

@@ -502,7 +502,7 @@ def _run(
         if not _installed(journal.notes, out):
             written.mkdir(exist_ok=True)
             _keep_only_tensors(written)
-            hashes = _write_tensors(
+            hashes = write_tensors(
                 job,
                 algorithm,
                 calibrated,
@@ -512,7 +512,7 @@ def _run(
                 on_step,
                 on_unit,
                 say,
-                delete_source,
+                delete_source=delete_source,
             )
             _copy_files(job.folder, written)
             native.write_config(written, job.contents)
@@ -557,7 +557,7 @@ def _identity(job: Job, algorithm: Algorithm, earlier: Record) -> dict[str, Any]
     }
 
 
-def _write_tensors(
+def write_tensors(
     job: Job,
     algorithm: Algorithm,
     calibrated: Calibrated | None,
@@ -567,9 +567,10 @@ def _write_tensors(
     on_step: OnStep,
     on_unit: OnUnit,
     say: Callable[[str], None],
+    *,
     delete_source: bool,
 ) -> dict[str, str]:
-    """Returns the SHA-256 of each file."""
+    """Write all of a job's tensors into a folder. Returns the SHA-256 of each file."""
     present = sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
     tensors = native.stored_tensors(job.contents)
     names = [*job.contents.qweights, *job.contents.tensors]
@@ -742,14 +743,23 @@ def _part_names(job: Job, name: str) -> list[str]:
     return [name] if weight is None else [name + suffix for suffix in weight.parts]
 
 
-def _copy_files(source: Path, folder: Path) -> None:
-    """Everything that holds no weights: tokenizer, generation config, chat template, code."""
+def copied_files(source: Path) -> dict[str, Path]:
+    """Everything that holds no weights - tokenizer, generation config, chat template, code - by its
+    name in the output.
+    """
     written_here = {native.CONFIG, native.MANIFEST}
+    weights = (*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx")
+    files = {}
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not path.is_file() or str(inside) in written_here:
-            continue
-        if not path.name.endswith((*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx")):
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / inside)
+        if not hidden and path.is_file() and str(inside) not in written_here:
+            if not path.name.endswith(weights):
+                files[str(inside)] = path
+    return files
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for name, path in copied_files(source).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)

@@ -1,8 +1,9 @@
-"""Putting one module in another's place, wherever the model has it."""
+"""Putting one module, or a parameter's values, in another's place, wherever the model has it."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from zeropoint.errors import StateError
 
@@ -17,3 +18,9 @@ def replace_module(model: nn.Module, names: tuple[str, ...], new: nn.Module) -> 
             )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
+
+
+def give_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Let a parameter have other values, on whichever device, wherever it is used. In place."""
+    new = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    torch.utils.swap_tensors(parameter, new)
