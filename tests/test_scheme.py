@@ -320,6 +320,15 @@ def test_a_saved_recipe_loads(tmp_path, name):
         assert json.loads(path.read_text()) == recipe.to_dict()
 
 
+def test_a_recipe_that_cannot_be_written_says_so(tmp_path):
+    recipe = Recipe(rules=(Rule(match="*", scheme=INT4),))
+    missing = tmp_path / "missing" / "recipe.yaml"
+    with pytest.raises(RecipeError, match=r"recipe.yaml: cannot be written: the folder .*missing"):
+        recipe.save(missing)
+    with pytest.raises(RecipeError, match="cannot be written: .*Is a directory"):
+        recipe.save(tmp_path)
+
+
 def test_the_file_reads_as_documented():
     recipe = Recipe.from_yaml(
         """

@@ -439,10 +439,15 @@ class Recipe:
             raise type(e)(f"{path}: {e}") from e
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as YAML, or as JSON when the name ends in .json."""
+        """Write the recipe as YAML, or as JSON when the name ends in .json. Raises RecipeError."""
         is_json = str(path).endswith(".json")
         text = json.dumps(self.to_dict(), indent=2) + "\n" if is_json else self.to_yaml()
-        Path(path).write_text(text, encoding="utf-8")
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as e:
+            missing = not Path(path).parent.is_dir()
+            why = f"the folder {Path(path).parent} does not exist" if missing else str(e)
+            raise RecipeError(f"{path}: cannot be written: {why}") from e
 
 
 def _check_keys(data: Mapping[Any, Any], known: tuple[str, ...], what: str) -> None:

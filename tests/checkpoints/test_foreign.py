@@ -262,8 +262,11 @@ def test_a_method_that_nobody_knows_is_checked_as_far_as_it_can_be(tmp_path):
     found = examine(folder)
     assert found.problems == () and found.checked == ("index and headers", "every float is finite")
     assert "quant_method 'squeeze' is not known" in found.unchecked[1]
+    assert zp.verify(folder) == [*found.not_checked] and not found.known, "never an empty list"
     folder = write(tmp_path, {"quant_method": "squeeze"}, {"a.scale": torch.tensor(torch.nan)})
-    assert zp.verify(folder) == ["a.scale holds NaN or Inf"]
+    problem, *unchecked = zp.verify(folder)
+    assert problem == "a.scale holds NaN or Inf"
+    assert all(line.startswith("not checked: ") for line in unchecked) and len(unchecked) == 2
 
 
 def test_another_layout_of_awq_is_said(tmp_path):

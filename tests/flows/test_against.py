@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 import zeropoint as zp
 from tests.checkpoints.cases import edit_manifest, edit_tensors
 from tests.models import build
+from zeropoint.algorithms import ALGORITHMS
 from zeropoint.errors import CheckpointError, SourceError, StreamError
 from zeropoint.flows import against
 from zeropoint.flows.verify import examine
@@ -33,10 +34,15 @@ def test_every_architecture_is_that_of_its_source(tmp_path, name):
     assert 0 < found.likeness.largest_error < 0.2
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "mse"])
+def test_every_algorithm_has_a_limit():
+    assert against.LIMITS.keys() == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize("algorithm", ["rtn", "mse", "hqq"])
 @pytest.mark.parametrize(
     "options",
     [
+        {"weights": "int4", "float_zero_point": True, "group_size": 16},
         {"weights": "int8"},
         {"weights": "int2"},
         {"weights": "int4", "group_size": -1},
@@ -52,11 +58,12 @@ def test_every_kind_of_format_and_algorithm(folder, tmp_path, options, algorithm
     assert zp.verify(tmp_path / "out", against=folder) == []
 
 
-def test_what_was_calibrated_is_balanced_first(folder, tmp_path):
+@pytest.mark.parametrize("algorithm", ["gptq", "auto"])
+def test_what_was_calibrated_is_balanced_first(folder, tmp_path, algorithm):
     model, _ = zp.load(folder)
     zp.quantize(model, "int4")
     ids = torch.randint(3, 99, (2, 32), generator=torch.Generator().manual_seed(0))
-    report = zp.freeze(model, "gptq", data=[ids])
+    report = zp.freeze(model, algorithm, data=[ids])
     assert any(layer.folded_into for layer in report.layers)
     zp.save(model, tmp_path / "out")
     found = examine(tmp_path / "out", against=folder)
@@ -128,7 +135,7 @@ def one_code_changed(t):
     t[DOWN][5] ^= 0x40  # the highest code is 0xF
 
 
-@pytest.mark.parametrize("algorithm", ["rtn", "mse"])
+@pytest.mark.parametrize("algorithm", ["rtn", "mse", "hqq"])
 @pytest.mark.parametrize(
     "change", [doubled, a_tenth_more, one_scale_lost, rows_swapped, one_code_changed]
 )
@@ -140,7 +147,7 @@ def test_a_weight_that_is_another_is_named(folder, tmp_path, change, algorithm):
     assert "block [" in problem and f"{DOWN} is further from the source's than int4" in problem
 
 
-@pytest.mark.parametrize("algorithm", [None, "gptq", "of tomorrow"])
+@pytest.mark.parametrize("algorithm", [None, "gptq", "auto", "of tomorrow"])
 @pytest.mark.parametrize("change", [doubled, rows_swapped])
 def test_fed_forward_codes_have_a_limit_too(folder, tmp_path, change, algorithm):
     """One that a factor for each row and column does not undo."""

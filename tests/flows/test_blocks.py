@@ -1,5 +1,6 @@
 """Calibrated from checkpoint to checkpoint: the codes of the model in memory, block by block."""
 
+import errno
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, NonFiniteError, RecipeError, StreamError, TextError
 from zeropoint.flows import blocks, stream
 from zeropoint.flows.data import Calibration
+from zeropoint.model import shelf
 
 SMALL = Calibration(tokens=128, window=16, batch_tokens=32)
 TEXTS = [" ".join(f"w{i * j % 90}" for i in range(200)) for j in (1, 7)]
@@ -242,6 +244,82 @@ def test_a_block_that_was_damaged_meanwhile_is_done_again(folder, tmp_path, monk
     partial.write_bytes(data)
     compress(folder, tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch):
+    report = compress(folder, tmp_path / "whole")
+    write, left = stream.Shard.put, [40_000]
+
+    def put(self, name, tensor):
+        left[0] -= tensor.nbytes
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.Shard, "put", put)
+        with pytest.raises(CheckpointError, match="No space left .* the same call goes on"):
+            compress(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [*(tmp_path / ".out.unfinished" / "blocks").iterdir()], "some block was finished"
+    assert compress(folder, tmp_path / "out").calibration == report.calibration
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_of_hidden_states_loses_nothing(folder, tmp_path, monkeypatch):
+    compress(folder, tmp_path / "whole")
+    saved, left = shelf.save_file, [6]
+
+    def save(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf, "save_file", save)
+        with pytest.raises(CheckpointError, match="No space left .* the same call goes on"):
+            compress(folder, tmp_path / "out", offload=tmp_path / "states")
+    assert not (tmp_path / "states").exists()
+    compress(folder, tmp_path / "out", offload=tmp_path / "states")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_read_error_in_the_middle_loses_nothing(folder, tmp_path, monkeypatch):
+    report = compress(folder, tmp_path / "whole")
+    read = blocks.Stored.read
+
+    def failing(self):
+        done = tmp_path / ".out.unfinished" / "blocks" / "model.layers.0.json"
+        if done.exists() and self.name == "model.layers.1.mlp.up_proj.weight":
+            raise CheckpointError(f"{self.name} cannot be read: Input/output error")
+        return read(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks.Stored, "read", failing)
+        with pytest.raises(CheckpointError, match="up_proj.weight cannot be read: Input/output"):
+            compress(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert compress(folder, tmp_path / "out").calibration == report.calibration
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_run_that_ended_after_the_result_was_in_its_place_reports_all_of_it(
+    folder, tmp_path, monkeypatch
+):
+    report = compress(folder, tmp_path / "whole")
+
+    def stop(*arguments):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks.Calibrated, "forget", stop)
+        with pytest.raises(Stop):
+            compress(folder, tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    again = compress(folder, tmp_path / "out")
+    assert again.calibration == report.calibration and again == report
+    assert [p.name for p in tmp_path.glob(".out.*")] == []
 
 
 KILLS = 50

@@ -70,10 +70,12 @@ class Layout:
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What there is to say. files: of tensors. weights: quantized ones; tensors: all of them.
-    checked, unchecked: what was looked at and what was not, in words.
+    checked, unchecked: what was looked at and what was not, in words. known: whether anybody here
+    knows the method.
     """
 
     method: str
+    known: bool
     problems: tuple[str, ...]
     checked: tuple[str, ...]
     unchecked: tuple[str, ...]
@@ -123,6 +125,7 @@ def verify(path: Path, *, on_step: OnStep = no_progress) -> Found:
         problems += _floats(stored, on_step)
     return Found(
         method=method,
+        known=method in METHODS,
         problems=tuple(problems),
         checked=tuple(checked),
         unchecked=tuple(unchecked),

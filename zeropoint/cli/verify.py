@@ -65,8 +65,8 @@ def verify(
             "seconds": time.perf_counter() - start,
         }
     )
-    for what in found.unchecked:
-        screen.warn(f"not checked: {what}")
+    for line in found.not_checked:
+        screen.warn(line)
     if not found.problems:
         screen.line(
             (str(directory), "bold"),

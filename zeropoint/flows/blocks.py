@@ -57,6 +57,7 @@ from zeropoint.qtensor import QTensor
 RECORDS = "blocks"  # folder beside the journal: what is known of each block beside its tensors
 HIDDEN = "hidden"  # the same, for hidden states that are not in memory
 TEXT = "text.safetensors"  # beside it: what the model has written to be calibrated by
+REPORT = "report"  # a note in the journal: how all codes were chosen
 
 
 class Calibrated:
@@ -130,6 +131,16 @@ class Calibrated:
             tokens=prepared.tokens,
             warnings=tuple(warnings),
         )
+        journal.note(REPORT, asdict(self.report))
+
+    def recall(self, journal: Journal) -> None:
+        """Report what an earlier run did, which chose all codes."""
+        known = journal.notes[REPORT]
+        lists = {
+            "layers": tuple(LayerReport(**layer) for layer in known["layers"]),
+            "warnings": tuple(known["warnings"]),
+        }
+        self.report = FreezeReport(**known | lists)
 
     def _written(self, journal: Journal, file: Path, on_step: OnStep) -> Prepared:
         """Text that the model writes, or wrote for an earlier run."""

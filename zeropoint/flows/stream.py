@@ -522,6 +522,8 @@ def _run(
                 raise CheckpointError(f"{written} was written, but {problems[0]}")
             journal.note(INSTALLING, _sha256(written / native.MANIFEST))
             install_directory(written, out)
+        elif calibrated is not None:
+            calibrated.recall(journal)
         if delete_source:
             deleting.delete_index(job.folder, say)
     except OSError as e:

@@ -23,7 +23,8 @@ CHECKED = (
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """What was found. method: whose format it is. problems: in words; none when it is sound.
-    checked, unchecked: what was looked at, and what could not be. files, tensors: how many there
+    checked, unchecked: what was looked at, and what could not be. known: whether the method is;
+    of another one hardly anything can be said. files, tensors: how many there
     are, a quantized weight of ours being one; None where the manifest is too damaged. likeness: to
     the source, where one was given and the checkpoint is sound.
     """
@@ -34,7 +35,13 @@ class Verification:
     unchecked: tuple[str, ...]
     files: int | None
     tensors: int | None
+    known: bool = True
     likeness: Likeness | None = None
+
+    @property
+    def not_checked(self) -> tuple[str, ...]:
+        """What could not be looked at, as people read it."""
+        return tuple(f"not checked: {what}" for what in self.unchecked)
 
 
 def verify(
@@ -44,13 +51,15 @@ def verify(
 
     Of a zeropoint checkpoint: manifest, sizes and SHA-256 of all files, files nobody listed, every
     tensor's presence, shape and dtype, scales and other floats finite, scales positive, the
-    configuration's recipe. Of another library's: what `examine` says. against: the float model it
+    configuration's recipe. Of another library's: what `examine` says; of a method that nobody here
+    knows also what was not checked, so that the list is not empty. against: the float model it
     was made of, as `zp.compress` takes it: nothing is missing, every weight is as near to its
     source as its scheme and algorithm bring it, every other tensor has its bits.
     Raises CheckpointError (no quantized checkpoint; against= of another library's), SourceError,
     StreamError.
     """
-    return list(examine(path, against=against, on_step=on_step).problems)
+    found = examine(path, against=against, on_step=on_step)
+    return [*found.problems, *(() if found.known else found.not_checked)]
 
 
 def examine(
@@ -96,6 +105,7 @@ def _foreign(path: Path, against: str | Path | None, on_step: OnStep) -> Verific
         unchecked=found.unchecked,
         files=found.files,
         tensors=found.tensors,
+        known=found.known,
     )
 
 
