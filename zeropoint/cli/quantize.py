@@ -179,6 +179,15 @@ def quantize(
             "the disk and was read back: for disks that cannot hold both.",
         ),
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Of a Ray cluster, whose nodes share the disks of MODEL and DIR; auto: the one "
+            "this machine is in. For algorithms without data.",
+            show_default=False,
+        ),
+    ] = None,
     json_to: Json = None,
     json_events: Annotated[
         str | None,
@@ -278,6 +287,12 @@ def quantize(
             "--delete-source deletes files as they are quantized, and with calibration, a budget "
             "or another --dtype the model is loaded as a whole; leave it out"
         )
+    if ray is not None and (not streams or texts is not None or delete_source):
+        raise RecipeError(
+            "--ray spreads weights over a cluster, each by itself, and reads them again when a "
+            "node is lost; with calibration, a budget, another --dtype or --delete-source leave it "
+            "out"
+        )
     events = Events(json_events, screen)
     with events.running(model=model, output=str(output), algorithm=algorithm):
         if streams:
@@ -294,6 +309,7 @@ def quantize(
                 overwrite=overwrite,
                 fresh=fresh,
                 delete_source=delete_source,
+                ray=ray,
             )
         else:
             done = _in_memory(
@@ -384,6 +400,7 @@ def _streamed(
     overwrite: bool,
     fresh: bool,
     delete_source: bool,
+    ray: str | None,
 ) -> _Done:
     """Weight by weight, or block by block: from files to files, or where that cannot be, by way of
     memory.
@@ -406,6 +423,7 @@ def _streamed(
                 overwrite=overwrite,
                 fresh=fresh,
                 delete_source=delete_source,
+                ray=ray,
                 on_step=on_step,
                 on_unit=events.unit,
             )
@@ -417,6 +435,11 @@ def _streamed(
             raise StreamError(
                 f"--delete-source deletes files as they are quantized, and this model has to be "
                 f"loaded as a whole: {e}; leave it out"
+            ) from e
+        if ray is not None:
+            raise StreamError(
+                f"--ray spreads weights over a cluster, and this model has to be loaded as a "
+                f"whole: {e}; leave it out"
             ) from e
         screen.warn(f"the whole model is held in memory: {e}")
         if calibrated:

@@ -16,7 +16,7 @@ from typing import Any
 
 from zeropoint.checkpoints.atomic import flush
 from zeropoint.checkpoints.floats import INDEX_SUFFIX, Stored, read_headers
-from zeropoint.checkpoints.journal import Journal, Record
+from zeropoint.checkpoints.journal import Journal, Pieces, Record
 from zeropoint.checkpoints.shard import DTYPES, Shard
 from zeropoint.errors import CheckpointError, SourceError
 from zeropoint.model.source import PACKAGE, Source
@@ -186,12 +186,12 @@ def delete(file: Path, parts: Sequence[str], homes: Mapping[str, Shard], journal
 
 
 def check_part(
-    part: str, shard: Shard, data: bytes, journal: Journal, made_of: Stored | None = None
+    part: str, shard: Shard, data: bytes, pieces: Pieces, made_of: Stored | None = None
 ) -> None:
     """Raises CheckpointError unless this is what was written. made_of: what it can be made of
     again, if that is still there.
     """
-    if zlib.crc32(data) == journal.done.get(part):
+    if zlib.crc32(data) == pieces.done.get(part):
         return
     if made_of is not None and not made_of.file.exists():
         raise lost(part, shard, made_of)

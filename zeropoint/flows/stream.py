@@ -4,6 +4,7 @@ the size of the model, and a run that was interrupted goes on where it ended.
     headers --planned--> the output's files, laid out --each weight: read, quantize, write--> verify
 
 An algorithm that calibrates works block by block instead (`blocks`), before the rest is written.
+On a cluster each of the output's files is a task, which does the same for the weights in it.
 Everything is written into a folder beside the output, which takes its place at the end.
 """
 
@@ -12,15 +13,18 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import platform
 import shutil
 import time
+import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +33,11 @@ from zeropoint.algorithms import Algorithm, get_algorithm
 from zeropoint.checkpoints import native
 from zeropoint.checkpoints.atomic import check_space, check_writable, flush, install_directory
 from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored
-from zeropoint.checkpoints.journal import NO_RECORD, Journal, Record, read_record
+from zeropoint.checkpoints.journal import NO_RECORD, Journal, Pieces, Record, read_record
 from zeropoint.checkpoints.shard import Shard, as_bytes, layout
 from zeropoint.errors import (
     CheckpointError,
+    ClusterError,
     RecipeError,
     SourceError,
     StreamError,
@@ -41,6 +46,7 @@ from zeropoint.errors import (
 from zeropoint.flows import deleting
 from zeropoint.flows.blocks import Calibrated
 from zeropoint.flows.budget import parse_bytes
+from zeropoint.flows.cluster import RayExecutor
 from zeropoint.flows.data import Calibration, Data
 from zeropoint.flows.log import logged, working_folder
 from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name, go_live, planned
@@ -58,8 +64,11 @@ from zeropoint.scheme import Recipe
 
 JOURNAL = "journal.jsonl"
 INSTALLING = "installing"  # a note: SHA-256 of the manifest of what then takes the output's place
+TASKS = "tasks"  # folder beside the journal: files that tasks are writing
 WORKERS = 2
 SAMPLED_ROWS = 32  # of a weight, whose error is in the log
+
+T = TypeVar("T")
 
 
 def compress(
@@ -89,7 +98,8 @@ def compress(
     overwrite: bool = False,
     fresh: bool = False,
     delete_source: bool = False,
-    workers: int = WORKERS,
+    workers: int | None = None,
+    ray: str | None = None,
     on_step: OnStep = no_progress,
     on_unit: OnUnit = no_units,
 ) -> Report:
@@ -99,7 +109,8 @@ def compress(
     `zp.quantize` takes them. algorithm, data, effort, calibration: as `zp.freeze` takes them;
     tokenizer: for texts, that of the source when it is left out. task: as `zp.load` takes it.
     overwrite: replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized
-    and written at the same time. on_unit: called for every weight and tensor that is finished.
+    and written at the same time: 2, and on a cluster 1, in each task, which takes as many CPUs.
+    on_unit: called for every weight and tensor that is finished.
 
     An algorithm that calibrates has one block of the model in memory at a time, and what is in no
     block: embeddings and heads; but all of it while it writes its own text (data="self", which is
@@ -116,10 +127,14 @@ def compress(
     delete_source: for a disk that cannot hold both, and an algorithm that needs no data. Each of
     the source's files of weights is deleted as soon as all that is made of it is on the disk and
     was read back equal; in the end their index, too. Everything else in the folder stays.
+
+    ray: the address of a Ray cluster, "auto" for the one that this machine is a node of; for an
+    algorithm that needs no data. Each of the output's files is a task; source and `out` are on a
+    filesystem that all nodes share. The result is the same, byte by byte.
     Raises StreamError (a .gguf file, a checkpoint whose tensors transformers merges or casts while
     it loads them, a model that is not run block by block, effort "high" or `propagate`, which need
     the whole model: use zp.load(source, weights=...) and zp.save), SourceError, CheckpointError,
-    and what `zp.quantize` and `zp.freeze` raise.
+    ClusterError, and what `zp.quantize` and `zp.freeze` raise.
     """
     options = {
         "weights": weights,
@@ -139,6 +154,8 @@ def compress(
         raise RecipeError(
             f"algorithm={algorithm!r} has no hidden states; leave offload and max_memory out"
         )
+    if workers is None:
+        workers = WORKERS if ray is None else 1
     if workers < 1:
         raise RecipeError(f"workers={workers}: there must be at least 1")
     out = Path(os.path.abspath(out))
@@ -146,6 +163,16 @@ def compress(
         raise RecipeError(
             f"algorithm={algorithm!r} reads its source more than once; leave delete_source "
             "(--delete-source) out"
+        )
+    if ray is not None and how is not None:
+        raise RecipeError(
+            f"algorithm={algorithm!r} works through the model block by block, in one process; "
+            "leave ray (--ray) out, or use an algorithm that needs no data: rtn, mse, hqq"
+        )
+    if ray is not None and delete_source:
+        raise RecipeError(
+            "on a cluster the source is read by tasks that may run again; leave delete_source "
+            "(--delete-source) or ray (--ray) out"
         )
     found = resolve(source)
     if delete_source:
@@ -170,7 +197,8 @@ def compress(
             None if offload is None else Path(offload),
             None if max_memory is None else parse_bytes(max_memory),
         )
-    with logged(out, f"{job.folder} to {out} by {algorithm}") as log:
+    cluster = nullcontext() if ray is None else RayExecutor(ray, workers)
+    with cluster as executor, logged(out, f"{job.folder} to {out} by {algorithm}") as log:
 
         def finished(unit: Unit) -> None:
             log.unit(unit)
@@ -185,6 +213,7 @@ def compress(
             fresh=fresh,
             delete_source=delete_source,
             workers=workers,
+            cluster=executor,
             on_step=log.steps(on_step) if calibrated else on_step,
             on_unit=finished,
             say=log.say,
@@ -485,6 +514,7 @@ def _run(
     fresh: bool,
     delete_source: bool,
     workers: int,
+    cluster: Executor | None,
     on_step: OnStep,
     on_unit: OnUnit,
     say: Callable[[str], None],
@@ -509,6 +539,7 @@ def _run(
                 written,
                 journal,
                 workers,
+                cluster,
                 on_step,
                 on_unit,
                 say,
@@ -534,6 +565,7 @@ def _run(
     finally:
         journal.close()
     shutil.rmtree(written, ignore_errors=True)  # what `out` was before
+    shutil.rmtree(working / TASKS, ignore_errors=True)
     if calibrated is not None:
         calibrated.forget(working)
     (working / JOURNAL).unlink()
@@ -566,6 +598,7 @@ def write_tensors(
     folder: Path,
     journal: Journal,
     workers: int,
+    cluster: Executor | None,
     on_step: OnStep,
     on_unit: OnUnit,
     say: Callable[[str], None],
@@ -586,6 +619,58 @@ def write_tensors(
     for stale in folder.glob("*.safetensors"):
         if stale.name not in files:
             stale.unlink()
+    megabytes, done = job.bytes_to_read // 1_000_000, 0
+
+    def begun(what: str) -> None:
+        on_step(what, done // 1_000_000, megabytes)
+
+    def finished(unit: Unit) -> None:
+        nonlocal done
+        done += unit.bytes_before or 0
+        on_unit(unit)
+
+    if cluster is not None:
+        hashes = _by_tasks(
+            job, algorithm, files, folder, journal, workers, cluster, begun, finished
+        )
+    else:
+        hashes = _in_place(
+            job,
+            algorithm,
+            calibrated,
+            files,
+            groups,
+            folder,
+            journal,
+            workers,
+            on_step,
+            begun,
+            finished,
+            say,
+            delete_source,
+        )
+    native.write_index(folder, files)
+    return hashes
+
+
+def _in_place(
+    job: Job,
+    algorithm: Algorithm,
+    calibrated: Calibrated | None,
+    files: Mapping[str, Mapping[str, Tensor]],
+    groups: deleting.Groups,
+    folder: Path,
+    journal: Journal,
+    workers: int,
+    on_step: OnStep,
+    begun: Callable[[str], None],
+    finished: OnUnit,
+    say: Callable[[str], None],
+    delete_source: bool,
+) -> dict[str, str]:
+    """In this process, weight by weight, whichever files their parts belong to. Returns the
+    SHA-256 of each file.
+    """
     metadata = native.metadata(job.contents)
     with ExitStack() as opened:
         shards = {file: Shard(folder / file, layout(files[file], metadata)) for file in files}
@@ -595,18 +680,9 @@ def write_tensors(
         missing = {file: set(group) for file, group in files.items()}
         hashes: dict[str, Future[str]] = {}
         hasher = opened.enter_context(ThreadPoolExecutor(workers))
-        megabytes, done = job.bytes_to_read // 1_000_000, 0
 
-        def work(name: str) -> Callable[[], Unit]:
-            return lambda: _write_one(job, algorithm, name, homes, journal)
-
-        def begun(name: str) -> None:
-            on_step(name, done // 1_000_000, megabytes)
-
-        def finished(unit: Unit) -> None:
-            nonlocal done
-            done += unit.bytes_before or 0
-            on_unit(unit)
+        def written(unit: Unit) -> None:
+            finished(unit)
             parts = set(_part_names(job, unit.name))
             for file, shard in shards.items():
                 missing[file] -= parts
@@ -615,26 +691,123 @@ def write_tensors(
 
         if calibrated is not None:  # all weights have their codes then; the rest is as it was read
             calibrated.run(
-                job.sources, job.contents, homes, journal, folder.parent, on_step, on_unit
+                job.sources, job.contents, homes, journal, folder.parent, on_step, finished
             )
         if delete_source:
             deleting.note_source(job.folder, job.stored, job.untied, journal)
             for made in (folder, folder.parent, folder.parent.parent):
                 flush(made)
+        write = partial(_write_one, job, algorithm, homes, journal)
         for source, group in groups:
-            _in_threads({name: work(name) for name in group}, begun, finished, workers)
+            with ThreadPoolExecutor(workers) as pool:
+                _call_each(pool, write, group, begun, written, workers)
             if source is not None and source.exists():
                 parts = [part for name in job.files[source] for part in _part_names(job, name)]
                 deleting.delete(source, parts, homes, journal)
                 say(f"deleted {source}")
-        on_step("", megabytes, megabytes)
+        begun("")
         on_step("hashing and verifying", 1, 1)
-        result = {file: future.result() for file, future in hashes.items()}
-    native.write_index(folder, files)
-    return result
+        return {file: future.result() for file, future in hashes.items()}
 
 
-def _read_again(job: Job, shard: Shard, journal: Journal) -> str:
+def _by_tasks(
+    job: Job,
+    algorithm: Algorithm,
+    files: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
+    journal: Journal,
+    workers: int,
+    cluster: Executor,
+    begun: Callable[[str], None],
+    finished: OnUnit,
+) -> dict[str, str]:
+    """On a cluster, file by file, each of which is here when it is complete. Returns the SHA-256
+    of each.
+    """
+    attempts = folder.parent / TASKS
+    shutil.rmtree(attempts, ignore_errors=True)  # those of an earlier run
+    attempts.mkdir(exist_ok=True)
+    groups = {file: list(group) for file, group in files.items()}
+    hashes = {}
+
+    def written(result: WrittenFile) -> None:
+        result.at.replace(folder / result.file)
+        for part, checksum in result.checksums.items():
+            if journal.done.get(part) != checksum:
+                journal.add(part, checksum)
+        hashes[result.file] = result.sha256
+        for unit in result.units:
+            if unit.name in groups[result.file]:  # else another of its parts is here
+                finished(unit)
+        begun(result.file)
+
+    write = partial(_write_file, job, algorithm, groups, folder, dict(journal.done), workers)
+    _call_each(cluster, write, files, begun, written, len(files))
+    shutil.rmtree(attempts, ignore_errors=True)
+    return hashes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile:
+    """What a task made. file: of the output. at: where it lies. checksums: of its parts. sha256:
+    of all of it. units: weights and tensors of which it has a part.
+    """
+
+    file: str
+    at: Path
+    checksums: Mapping[str, int]
+    sha256: str
+    units: Sequence[Unit]
+
+
+def _write_file(
+    job: Job,
+    algorithm: Algorithm,
+    groups: Mapping[str, Sequence[str]],
+    folder: Path,
+    done: Mapping[str, int],
+    workers: int,
+    file: str,
+) -> WrittenFile:
+    """Write one of the output's files, on any node. It lies under a name of its own, because the
+    same may be running on a node that was given up; what an earlier run did of it is taken over.
+    groups: names of the parts in each file. done: as `Pieces` has it.
+    """
+    tensors = native.stored_tensors(job.contents)
+    plan = layout({p: tensors[p] for p in groups[file]}, native.metadata(job.contents))
+    names = [*job.contents.qweights, *job.contents.tensors]
+    here = [name for name in names if not plan.spans.keys().isdisjoint(_part_names(job, name))]
+    _check_shared([folder, *{job.sources[name].file for name in here if name in job.sources}])
+    at, earlier = folder.parent / TASKS / f"{uuid.uuid4().hex}-{file}", folder / file
+    pieces = Pieces({part: done[part] for part in plan.spans if part in done})
+    if earlier.is_file() and len(pieces.done) == len(plan.spans):
+        at = earlier  # complete, but for what was damaged since
+    elif earlier.is_file() and pieces.done:
+        shutil.copyfile(earlier, at)
+    units: list[Unit] = []
+    shard = Shard(at, plan)
+    try:
+        write = partial(_write_one, job, algorithm, dict.fromkeys(plan.spans, shard), pieces)
+        with ThreadPoolExecutor(workers) as pool:
+            _call_each(pool, write, here, lambda _: None, units.append, workers)
+        shard.flush()
+        sha256 = _read_again(job, shard, pieces)
+    finally:
+        shard.close()
+    return WrittenFile(file=file, at=at, checksums=pieces.done, sha256=sha256, units=units)
+
+
+def _check_shared(paths: Iterable[Path]) -> None:
+    """Raises ClusterError when this node does not see what the one that began the run saw."""
+    missing = next((path for path in paths if not path.exists()), None)
+    if missing is not None:
+        raise ClusterError(
+            f"{missing} is not there on the node {platform.node()}; source and output of a run on "
+            "a cluster have to be on a filesystem that all its nodes share, under the same path"
+        )
+
+
+def _read_again(job: Job, shard: Shard, pieces: Pieces) -> str:
     """The SHA-256 of a file that is complete. Raises CheckpointError when a tensor in it is not
     what it was in memory.
     """
@@ -643,41 +816,47 @@ def _read_again(job: Job, shard: Shard, journal: Journal) -> str:
     for part in sorted(shard.layout.spans, key=shard.layout.spans.__getitem__):
         data = shard.get(part)
         digest.update(data)
-        deleting.check_part(part, shard, data, journal, made_of.get(part))
+        deleting.check_part(part, shard, data, pieces, made_of.get(part))
     return digest.hexdigest()
 
 
-def _in_threads(
-    units: Mapping[str, Callable[[], Unit]],
+def _call_each(
+    pool: Executor,
+    work: Callable[[str], T],
+    names: Iterable[str],
     begun: Callable[[str], None],
-    finished: OnUnit,
-    workers: int,
+    finished: Callable[[T], None],
+    at_once: int,
 ) -> None:
-    """Run all, a few at a time; the first error ends it after those that have begun."""
-    waiting = iter(units.items())
-    running: set[Future[Unit]] = set()
-    with ThreadPoolExecutor(workers) as pool:
-        while True:
-            for name, work in waiting:
-                running.add(pool.submit(work))
-                begun(name)
-                if len(running) >= workers:
-                    break
-            if not running:
+    """Call it with all names, a few at a time; the first error ends it after those that have
+    begun.
+    """
+    waiting = iter(names)
+    running: set[Future[T]] = set()
+    while True:
+        for name in waiting:
+            running.add(pool.submit(work, name))
+            begun(name)
+            if len(running) >= at_once:
                 break
-            complete, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in complete:
-                finished(future.result())
+        if not running:
+            break
+        complete, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in complete:
+            finished(future.result())
 
 
 def _write_one(
-    job: Job, algorithm: Algorithm, name: str, homes: Mapping[str, Shard], journal: Journal
+    job: Job, algorithm: Algorithm, homes: Mapping[str, Shard], pieces: Pieces, name: str
 ) -> Unit:
-    """Read, quantize and write a weight, unless an earlier run has."""
+    """Read, quantize and write those parts of a weight that have a home, unless an earlier run
+    has.
+    """
     start = time.perf_counter()
     source = job.sources.get(name)
     nbytes = 0 if source is None else source.nbytes
-    missing = next((p for p in _part_names(job, name) if not _is_there(p, homes, journal)), None)
+    wanted = [part for part in _part_names(job, name) if part in homes]
+    missing = next((part for part in wanted if not _is_there(part, homes, pieces)), None)
     if missing is None:
         return Unit(name=name, bytes_before=nbytes)
     if source is not None and not source.file.exists():
@@ -686,22 +865,23 @@ def _write_one(
     values = job.contents.tensors[name] if source is None else source.read()
     with _naming(name):
         parts, error = _parts(job, algorithm, name, values)
-    for suffix, part in parts.items():
-        homes[name + suffix].put(name + suffix, part)
+    made = {name + suffix: part for suffix, part in parts.items()}
+    for part in wanted:
+        homes[part].put(part, made[part])
         # CRC-32: what it has to find is a page that never reached the disk, and it is fast.
-        journal.add(name + suffix, zlib.crc32(as_bytes(part)))
+        pieces.add(part, zlib.crc32(as_bytes(made[part])))
     drop_pages(values)
     return Unit(
         name=name,
         bytes_before=nbytes,
-        bytes_after=sum(part.nbytes for part in parts.values()),
+        bytes_after=sum(made[part].nbytes for part in wanted),
         seconds=time.perf_counter() - start,
         error=error,
     )
 
 
-def _is_there(part: str, homes: Mapping[str, Shard], journal: Journal) -> bool:
-    return part in journal.done and zlib.crc32(homes[part].get(part)) == journal.done[part]
+def _is_there(part: str, homes: Mapping[str, Shard], pieces: Pieces) -> bool:
+    return part in pieces.done and zlib.crc32(homes[part].get(part)) == pieces.done[part]
 
 
 def _parts(

@@ -164,6 +164,7 @@ def _write(part: Job, algorithm: Algorithm) -> float:
                 written,
                 journal,
                 WORKERS,
+                None,
                 no_progress,
                 no_units,
                 lambda line: None,
