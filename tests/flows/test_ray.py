@@ -23,7 +23,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'zero
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 120  # until what has to happen counts as not happening
+SECONDS = 300  # until what has to happen counts as not happening
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 SHARD_BYTES = 12_000  # of output: several files, and weights whose parts lie in two
 write_file = stream._write_file
