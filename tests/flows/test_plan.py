@@ -120,7 +120,9 @@ def test_the_memory_is_what_calibrating_takes(tmp_path):
     assert planned == pytest.approx(real, rel=0.15)
 
 
-def test_the_memory_of_calibrating_grows_with_the_text_and_the_model(tmp_path):
+def test_the_memory_of_calibrating_grows_with_the_text_and_the_model(tmp_path, monkeypatch):
+    # What the process itself has changes between two plans, when memory is given back.
+    monkeypatch.setattr(module, "resident_bytes", lambda: 0)
     peaks = {
         (layers, effort): zp.plan(folder, "int4", algorithm="gptq", effort=effort).peak_rss_bytes
         for layers, folder in ((2, deep(tmp_path / "2", 2)), (8, deep(tmp_path / "8", 8)))
