@@ -466,9 +466,9 @@ def test_the_source_is_not_deleted_by_a_run_that_loads_it_as_a_whole(
     assert (tmp_path / "t5" / "model.safetensors").exists()
 
 
-def test_a_cluster_is_for_weights_one_by_one(cli: Cli, llama: Path, tmp_path: Path) -> None:
+def test_a_cluster_is_not_for_a_whole_model(cli: Cli, llama: Path, tmp_path: Path) -> None:
     for option in (
-        ("--algorithm", "gptq"),
+        ("--algorithm", "gptq", "--effort", "high"),
         ("--budget", "1MB"),
         ("--dtype", "bfloat16"),
         ("--delete-source",),

@@ -125,14 +125,6 @@ def test_balancing_leaves_the_function_of_the_model(monkeypatch):
     model = build("llama")
     expected = outputs(model)
     zp.quantize(model, "int8")
-    kept = {}
-
-    def keep(work, modules, weights, hessian):
-        kept.update(zip(modules, weights, strict=True))
-        return choose(work, modules, weights, hessian)
-
-    choose = flow._choose
-    monkeypatch.setattr(flow, "_choose", keep)
     monkeypatch.setattr(flow, "_use_image", lambda module, q: None)
     monkeypatch.setattr(flow, "_embeddings", lambda work: None)
     monkeypatch.setattr(flow, "_rest", lambda work: None)
@@ -140,7 +132,7 @@ def test_balancing_leaves_the_function_of_the_model(monkeypatch):
     monkeypatch.setattr(flow, "_install", lambda work, module: seen.append(module))
     zp.freeze(model, "gptq", data=[example_inputs(model)])
     zp.dequantize(model)  # nothing was installed: the live modules came back
-    assert seen and kept
+    assert len(seen) == 14
     torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ import zeropoint as zp
 from tests.models import build, tokenizer
 from zeropoint.checkpoints import native
 from zeropoint.errors import ClusterError, NonFiniteError, RecipeError
-from zeropoint.flows import cluster, stream
+from zeropoint.flows import blocks, calibrate, cluster, stream
+from zeropoint.flows.data import Calibration
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'zeropoint[ray]'")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
@@ -26,7 +28,13 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 300  # until what has to happen counts as not happening
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 SHARD_BYTES = 12_000  # of output: several files, and weights whose parts lie in two
-write_file = stream._write_file
+CALIBRATED = {
+    "weights": "int4",
+    "algorithm": "gptq",
+    "data": [" ".join(f"w{i * j % 90}" for i in range(200)) for j in (1, 7)],
+    "calibration": Calibration(tokens=128, window=16, batch_tokens=32),
+}
+write_file, find = stream._write_file, calibrate._find
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +66,11 @@ def folder(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def small_files(monkeypatch):
+def much_to_do(monkeypatch):
+    """Many files, a task for each linear, which has one CPU."""
     monkeypatch.setattr(native, "MAX_SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(calibrate, "TOGETHER_ELEMENTS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def files(path):
@@ -117,6 +128,44 @@ def drive(source, out, address):
     native.MAX_SHARD_BYTES = SHARD_BYTES
     stream._write_file = waiting_with_the_last
     zp.compress(source, out, ray=address)
+
+
+def killed_once_with(layer, mark, algorithm, moments, weights, names, scheme):
+    """The process that finds this layer's codes dies, and the next one that does so does not."""
+    if names == [layer] and not mark.exists():
+        mark.touch()
+        die()
+    return find(algorithm, moments, weights, names, scheme)
+
+
+def unfit(weight, algorithm, moments, weights, names, scheme):
+    if weight == f"{names[0]}.weight":
+        raise NonFiniteError(f"{weight}: of this test")
+    return find(algorithm, moments, weights, names, scheme)
+
+
+def found_by_two_nodes(layer, seen, algorithm, moments, weights, names, scheme):
+    """Linears that read what this layer reads have their codes when two nodes are at them."""
+    if any(name.startswith(layer.rpartition(".")[0]) for name in names):
+        seen.mkdir(exist_ok=True)
+        (seen / ray.get_runtime_context().get_node_id()).touch()
+        wait_for(lambda: len(list(seen.iterdir())) == 2)
+    return find(algorithm, moments, weights, names, scheme)
+
+
+def drive_calibrated(source, out, address):
+    """A driver that dies when its first block is in the journal."""
+    native.MAX_SHARD_BYTES = SHARD_BYTES
+    calibrate.TOGETHER_ELEMENTS = 0
+    torch.set_num_threads(1)
+    leave = blocks.OnDisk.leave
+
+    def last(self, block, passed):
+        leave(self, block, passed)
+        die()
+
+    blocks.OnDisk.leave = last
+    zp.compress(source, out, **CALIBRATED, ray=address)
 
 
 def die():
@@ -179,6 +228,31 @@ def test_a_weight_that_is_not_finite_is_named(nodes, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_calibrated_run_writes_what_one_process_writes(nodes, folder, tmp_path, monkeypatch):
+    one = zp.compress(folder, tmp_path / "local", **CALIBRATED)
+    submitted = []
+    submit = cluster.RayExecutor.submit
+
+    def counted(self, call, *args):
+        submitted.append(args[1])  # names
+        return submit(self, call, *args)
+
+    monkeypatch.setattr(cluster.RayExecutor, "submit", counted)
+    report = zp.compress(folder, tmp_path / "out", **CALIBRATED, ray="auto")
+    assert files(tmp_path / "out") == files(tmp_path / "local")
+    assert report.calibration == one.calibration
+    linears = [x.name for x in one.calibration.layers if ".layers." in x.name]
+    assert sorted(submitted) == sorted([name] for name in linears) and len(linears) == 14
+
+
+def test_a_calibrated_run_names_the_weight_that_is_not_finite(nodes, folder, tmp_path, monkeypatch):
+    name = "model.layers.1.mlp.down_proj.weight"
+    monkeypatch.setattr(calibrate, "_find", partial(unfit, name))
+    with pytest.raises(NonFiniteError, match=f"{name}: of this test"):
+        zp.compress(folder, tmp_path / "out", **CALIBRATED, ray="auto")
+    assert not (tmp_path / "out").exists()
+
+
 # --- what may be lost -----------------------------------------------------------------------------
 
 
@@ -192,6 +266,36 @@ def test_a_worker_that_is_killed_loses_nothing(nodes, folder, tmp_path, monkeypa
 
     zp.compress(folder, tmp_path / "out", ray="auto", on_step=note)
     assert killed[-1] and files(tmp_path / "out") == files(tmp_path / "local")
+
+
+def test_a_worker_that_is_killed_while_it_calibrates(nodes, folder, tmp_path, monkeypatch):
+    zp.compress(folder, tmp_path / "local", **CALIBRATED)
+    mark = tmp_path / "killed"
+    deadly = partial(killed_once_with, "model.layers.1.self_attn.k_proj", mark)
+    monkeypatch.setattr(calibrate, "_find", deadly)
+    zp.compress(folder, tmp_path / "out", **CALIBRATED, ray="auto")
+    assert mark.exists() and files(tmp_path / "out") == files(tmp_path / "local")
+
+
+def test_a_driver_that_is_killed_while_it_calibrates(nodes, folder, tmp_path):
+    zp.compress(folder, tmp_path / "local", **CALIBRATED)
+    program = "import sys; from tests.flows.test_ray import drive_calibrated as drive; "
+    command = [sys.executable, "-c", program + "drive(*sys.argv[1:])"]
+    command += [folder, tmp_path / "out", nodes.address]
+    ran = subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL, timeout=SECONDS)
+    assert ran.returncode == -signal.SIGKILL
+    found = []
+    submit = cluster.RayExecutor.submit
+
+    def counted(self, call, *args):
+        found.append(args[1])
+        return submit(self, call, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster.RayExecutor, "submit", counted)
+        zp.compress(folder, tmp_path / "out", **CALIBRATED, ray="auto")
+    assert files(tmp_path / "out") == files(tmp_path / "local")
+    assert len(found) == 7, "the other block's"
 
 
 def test_a_driver_that_is_killed_is_gone_on_with(nodes, folder, tmp_path):
@@ -221,6 +325,20 @@ def test_a_node_that_is_added_late_is_used(nodes, folder, tmp_path, monkeypatch)
     seen = tmp_path / ".out.unfinished" / "nodes"
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(zp.compress, folder, tmp_path / "out", ray="auto")
+        wait_for(lambda: seen.exists() or run.done())
+        added = nodes.add_node(**NODE)
+        run.result()
+    nodes.remove_node(added)
+    assert files(tmp_path / "out") == files(tmp_path / "local")
+
+
+def test_a_node_that_is_added_while_it_calibrates(nodes, folder, tmp_path, monkeypatch):
+    zp.compress(folder, tmp_path / "local", **CALIBRATED)
+    seen = tmp_path / "nodes"
+    waiting = partial(found_by_two_nodes, "model.layers.0.self_attn.q_proj", seen)
+    monkeypatch.setattr(calibrate, "_find", waiting)
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(zp.compress, folder, tmp_path / "out", **CALIBRATED, ray="auto")
         wait_for(lambda: seen.exists() or run.done())
         added = nodes.add_node(**NODE)
         run.result()
@@ -264,7 +382,6 @@ def test_without_ray_the_error_says_what_to_install(folder, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"algorithm": "gptq"}, "algorithm='gptq' works through the model block by block"),
         ({"delete_source": True}, "leave delete_source"),
         ({"workers": 0}, "workers=0"),
     ],
@@ -279,4 +396,10 @@ def test_a_node_that_is_not_like_the_others(tmp_path):
     with pytest.raises(ClusterError, match=f"{tmp_path}/no is not there on the node .* share"):
         stream._check_shared([tmp_path, tmp_path / "no"])
     with pytest.raises(ClusterError, match="has torch .*, but the run was started by 1.0"):
-        cluster._called(cluster._versions() | {"torch": "1.0"}, print, (), {})
+        cluster._called(cluster._versions() | {"torch": "1.0"}, 1, print, (), {})
+
+
+def test_more_cpus_than_any_node_has(nodes):
+    with pytest.raises(ClusterError, match="takes 7 CPUs, and no node .* has more than 1;"):
+        cluster.RayExecutor("auto", 7)
+    assert ray.is_initialized()

@@ -184,7 +184,7 @@ def quantize(
         typer.Option(
             metavar="ADDRESS",
             help="Of a Ray cluster, whose nodes share the disks of MODEL and DIR; auto: the one "
-            "this machine is in. For algorithms without data.",
+            "this machine is in.",
             show_default=False,
         ),
     ] = None,
@@ -287,11 +287,10 @@ def quantize(
             "--delete-source deletes files as they are quantized, and with calibration, a budget "
             "or another --dtype the model is loaded as a whole; leave it out"
         )
-    if ray is not None and (not streams or texts is not None or delete_source):
+    if ray is not None and (not streams or delete_source):
         raise RecipeError(
-            "--ray spreads weights over a cluster, each by itself, and reads them again when a "
-            "node is lost; with calibration, a budget, another --dtype or --delete-source leave it "
-            "out"
+            "--ray spreads weights over a cluster, and reads them again when a node is lost; with "
+            "--observer, --effort high, a budget, another --dtype or --delete-source leave it out"
         )
     events = Events(json_events, screen)
     with events.running(model=model, output=str(output), algorithm=algorithm):

@@ -14,6 +14,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -103,10 +104,13 @@ class Calibrated:
         homes: Mapping[str, Shard],
         journal: Journal,
         working: Path,
+        cluster: Executor | None,
         on_step: OnStep,
         on_unit: OnUnit,
     ) -> None:
-        """Choose and write the codes of all weights, but for those that an earlier run has."""
+        """Choose and write the codes of all weights, but for those that an earlier run has.
+        cluster: as `calibrate` takes it.
+        """
         shelf = None
         if self._offload is not None or self._memory_bytes is not None:
             shelf = Shelf(self._offload or working / HIDDEN, self._memory_bytes or 0)
@@ -119,6 +123,7 @@ class Calibrated:
                 lambda: self._given or self._written(journal, working / TEXT, on_step),
                 on_step,
                 residence,
+                cluster,
             )
         finally:
             if shelf is not None:

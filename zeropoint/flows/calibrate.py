@@ -16,6 +16,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +42,7 @@ from zeropoint.nn import QModule
 from zeropoint.observers import CrossObserver, HessianObserver
 from zeropoint.progress import OnStep
 from zeropoint.qtensor import QTensor
+from zeropoint.scheme import Scheme
 
 TOGETHER_ELEMENTS = 1 << 22  # of weights so small that several at a time are faster than each alone
 KEPT_BACK = 1 / 8  # of the batches, where an algorithm judges codes by inputs it has not seen
@@ -99,7 +101,7 @@ class _Work:
     live: float stand-in -> the live module and its names. tie: stand-ins of one number share a
     weight. layers: what was done so far. chosen: by number, the module that holds the codes, and
     these while it does not yet.
-    shared: modules a parameter of which others use, too.
+    shared: modules a parameter of which others use, too. cluster: as `calibrate` has it.
     """
 
     model: nn.Module
@@ -108,6 +110,7 @@ class _Work:
     prepared: Prepared
     on_step: OnStep
     residence: Residence
+    cluster: Executor | None = None
     live: dict[nn.Module, tuple[QModule, tuple[str, ...]]] = field(default_factory=dict)
     tie: dict[nn.Module, int] = field(default_factory=dict)
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -149,18 +152,20 @@ def calibrate(
     prepare: Callable[[], Prepared],
     on_step: OnStep,
     residence: Residence | None = None,
+    cluster: Executor | None = None,
 ) -> tuple[list[LayerReport], Prepared, list[str]]:
     """Freeze all live modules of a model by an algorithm that needs Hessians. In place.
 
     prepare: makes the batches; called when the model computes with its float weights. residence:
-    of blocks that are not in memory all the time. A call that fails leaves frozen what is frozen
-    and live what is not, with the weights it had.
+    of blocks that are not in memory all the time. cluster: where the codes of weights that read the
+    same inputs are found, at the same time; None: here, one after the other. A call that fails
+    leaves frozen what is frozen and live what is not, with the weights it had.
     Returns a report for each live module, the data used, and warnings.
     """
     training = [(m, m.training) for m in model.modules()]
     model.eval()
     none = Prepared(batches=[], tokens=0, source="")
-    work = _Work(model, algorithm, options, none, on_step, residence or Residence())
+    work = _Work(model, algorithm, options, none, on_step, residence or Residence(), cluster)
     try:
         _swap_in_floats(work)
         looked_up = {work.tie[m] for m, (live, _) in work.live.items() if live.role == "embedding"}
@@ -224,20 +229,46 @@ def _install(work: _Work, module: nn.Module) -> None:
 
 
 def _choose(
-    work: _Work, modules: list[nn.Module], weights: list[Tensor], moments: Moments | None
-) -> list[Choice]:
-    """One choice for each module. Several of one scheme are chosen as one weight of all their rows:
-    rows do not know of each other, and a column of 3072 rows costs little more than one of 192.
+    work: _Work, sets: list[list[nn.Module]], moments: Moments | None, cross: Tensor | None = None
+) -> Iterator[list[Choice]]:
+    """One choice for each module, for one set after the other. All modules read the same inputs;
+    those of a set have one scheme. cross: of errors to propagate.
     """
-    # Scales become 8-bit when a module takes its rows: those of all modules are no one's.
-    live = work.live[modules[0]][0]
-    scheme = live.scheme.of_some_rows or live.scheme
-    name = " + ".join(f"{work.live[m][1][0]}.weight" for m in modules)
+
+    def weights_of(modules: list[nn.Module]) -> list[Tensor]:
+        weights = [work.live[m][0].float_weight().detach().float() for m in modules]
+        if cross is None or moments is None:
+            return weights
+        return [propagated(w, moments.seen, cross, work.options.propagate) for w in weights]
+
+    def about(modules: list[nn.Module]) -> tuple[list[str], Scheme]:
+        # Scales become 8-bit when a module takes its rows: those of all modules are no one's.
+        scheme = work.live[modules[0]][0].scheme
+        return [work.live[m][1][0] for m in modules], scheme.of_some_rows or scheme
+
+    find = partial(_find, work.algorithm, moments)
+    if work.cluster is None:
+        yield from (find(weights_of(modules), *about(modules)) for modules in sets)
+    else:
+        tasks = [work.cluster.submit(find, weights_of(ms), *about(ms)) for ms in sets]
+        yield from (task.result() for task in tasks)
+
+
+def _find(
+    algorithm: Algorithm,
+    moments: Moments | None,
+    weights: list[Tensor],
+    names: list[str],
+    scheme: Scheme,
+) -> list[Choice]:
+    """Several weights are chosen as one of all their rows: rows do not know of each other, and a
+    column of 3072 rows costs little more than one of 192.
+    """
     try:
-        choice = work.algorithm.choose(torch.cat(weights), moments, scheme)
+        choice = algorithm.choose(torch.cat(weights), moments, scheme)
     except ZeropointError as e:
-        raise type(e)(f"{name}: {e}") from e
-    if len(modules) == 1:
+        raise type(e)(f"{' + '.join(f'{name}.weight' for name in names)}: {e}") from e
+    if len(weights) == 1:
         return [choice]
     choices = []
     for rows, weight in zip(
@@ -388,12 +419,8 @@ def _block(
         moments, cross, tokens = _statistics(
             work, group[0], names[group[0]], index, block, reference, stream, original
         )
-        for alike in _alike(work, mine):
-            weights = [work.live[m][0].float_weight().detach().float() for m in alike]
-            if cross is not None and moments is not None:
-                share = work.options.propagate
-                weights = [propagated(w, moments.seen, cross, share) for w in weights]
-            choices = _choose(work, alike, weights, moments)
+        sets = _alike(work, mine)
+        for alike, choices in zip(sets, _choose(work, sets, moments, cross), strict=True):
             for module, choice in zip(alike, choices, strict=True):
                 dtype = dtypes[f"{names[module]}.weight"]
                 choice = replace(choice, weight=replace(choice.weight, dtype=dtype))
@@ -548,9 +575,10 @@ def _rest(work: _Work) -> None:
         judge, others = unseen.pop(module).result()
         live, _ = work.live[module]
         if _pending(work, module):
-            weight = live.float_weight().detach()
             moments = Moments(hessian, judge if others else None) if tokens else None
-            (choice,) = _choose(work, [module], [weight], moments)
+            ((choice,),) = _choose(work, [[module]], moments)
+            codes = replace(choice.weight, dtype=live.float_weight().dtype)
+            choice = replace(choice, weight=codes)
             work.chosen[work.tie[module]] = (live, choice.weight)
             work.report(module, choice, tokens + others, None)
     for module in left:

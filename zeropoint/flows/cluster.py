@@ -14,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
+import torch
+
 from zeropoint.errors import ClusterError, ZeropointError
 
 T = TypeVar("T")
@@ -26,10 +28,10 @@ class RayExecutor(Executor):
     """Makes each call as a task, and again when its worker or node dies.
 
     address: of the cluster; "auto": the one that this machine is a node of; "local": one of this
-    machine, for this run. cpus: that a task takes. A Ray that the process is connected to already
-    is used, and stays connected.
-    Raises ClusterError: no ray, no cluster, a task that was lost too often, a node with another
-    version; and ZeropointError and OSError as the call raised them.
+    machine, for this run. cpus: that a task takes, and threads that torch has in it. A Ray that
+    the process is connected to already is used, and stays connected.
+    Raises ClusterError: no ray, no cluster, no node with so many CPUs, a task that was lost too
+    often, a node with another version; and ZeropointError and OSError as the call raised them.
     """
 
     def __init__(self, address: str, cpus: int) -> None:
@@ -55,17 +57,26 @@ class RayExecutor(Executor):
                     f"no Ray cluster can be reached at {address!r}: {e}; start one by "
                     "`ray start --head`, and give its address, or run this on one of its nodes"
                 ) from e
+        self._running: set[Any] = set()
+        largest = max((n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]), default=0)
+        if largest < cpus:
+            self.shutdown()
+            raise ClusterError(
+                f"a task takes {cpus} CPUs, and no node of the cluster has more than {largest:g}; "
+                "use fewer workers, or in a calibrated run fewer threads (OMP_NUM_THREADS), or add "
+                "such a node first"
+            )
         self._task = ray.remote(num_cpus=cpus, max_retries=RETRIES)(_called)
+        self._threads = cpus
         self._versions = _versions()
         self._function: Callable[..., Any] | None = None
         self._sent: Any = None  # that function, in Ray's store
-        self._running: set[Any] = set()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """As `ThreadPoolExecutor.submit`. A function is sent once as long as it is the same."""
         if fn is not self._function:
             self._function, self._sent = fn, self._ray.put(fn)
-        task = self._task.remote(self._versions, self._sent, args, kwargs)
+        task = self._task.remote(self._versions, self._threads, self._sent, args, kwargs)
         self._running.add(task)
         future: Future[T] = Future()
 
@@ -106,17 +117,19 @@ def _address_of(ray: Any) -> str:
 
 def _called(
     versions: dict[str, str],
+    threads: int,
     function: Callable[..., T],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> T:
-    """The call, on a node."""
+    """The call, on a node. Sums of more threads may be rounded otherwise: hence their number."""
     for package, here in _versions().items():
         if here != versions[package]:
             raise ClusterError(
                 f"the node {platform.node()} has {package} {here}, but the run was started by "
                 f"{versions[package]}; install the same on all nodes"
             )
+    torch.set_num_threads(threads)
     return function(*args, **kwargs)
 
 

@@ -4,7 +4,8 @@ the size of the model, and a run that was interrupted goes on where it ended.
     headers --planned--> the output's files, laid out --each weight: read, quantize, write--> verify
 
 An algorithm that calibrates works block by block instead (`blocks`), before the rest is written.
-On a cluster each of the output's files is a task, which does the same for the weights in it.
+On a cluster each of the output's files is a task, which does the same for the weights in it; of a
+calibrated run, each linear is one, and files are written here.
 Everything is written into a folder beside the output, which takes its place at the end.
 """
 
@@ -109,7 +110,8 @@ def compress(
     `zp.quantize` takes them. algorithm, data, effort, calibration: as `zp.freeze` takes them;
     tokenizer: for texts, that of the source when it is left out. task: as `zp.load` takes it.
     overwrite: replace a zeropoint checkpoint at `out`. workers: weights that are read, quantized
-    and written at the same time: 2, and on a cluster 1, in each task, which takes as many CPUs.
+    and written at the same time: 2, and on a cluster 1 in each task that writes a file, which takes
+    as many CPUs.
     on_unit: called for every weight and tensor that is finished.
 
     An algorithm that calibrates has one block of the model in memory at a time, and what is in no
@@ -128,9 +130,10 @@ def compress(
     the source's files of weights is deleted as soon as all that is made of it is on the disk and
     was read back equal; in the end their index, too. Everything else in the folder stays.
 
-    ray: the address of a Ray cluster, "auto" for the one that this machine is a node of; for an
-    algorithm that needs no data. Each of the output's files is a task; source and `out` are on a
-    filesystem that all nodes share. The result is the same, byte by byte.
+    ray: the address of a Ray cluster, "auto" for the one that this machine is a node of. Each of
+    the output's files is a task; source and `out` are on a filesystem that all nodes share. Of an
+    algorithm that calibrates, each linear is a task (small ones that read one input are one), with
+    as many CPUs as torch has threads here. The result is the same, byte by byte.
     Raises StreamError (a .gguf file, a checkpoint whose tensors transformers merges or casts while
     it loads them, a model that is not run block by block, effort "high" or `propagate`, which need
     the whole model: use zp.load(source, weights=...) and zp.save), SourceError, CheckpointError,
@@ -155,7 +158,7 @@ def compress(
             f"algorithm={algorithm!r} has no hidden states; leave offload and max_memory out"
         )
     if workers is None:
-        workers = WORKERS if ray is None else 1
+        workers = WORKERS if ray is None or how is not None else 1
     if workers < 1:
         raise RecipeError(f"workers={workers}: there must be at least 1")
     out = Path(os.path.abspath(out))
@@ -163,11 +166,6 @@ def compress(
         raise RecipeError(
             f"algorithm={algorithm!r} reads its source more than once; leave delete_source "
             "(--delete-source) out"
-        )
-    if ray is not None and how is not None:
-        raise RecipeError(
-            f"algorithm={algorithm!r} works through the model block by block, in one process; "
-            "leave ray (--ray) out, or use an algorithm that needs no data: rtn, mse, hqq"
         )
     if ray is not None and delete_source:
         raise RecipeError(
@@ -197,7 +195,8 @@ def compress(
             None if offload is None else Path(offload),
             None if max_memory is None else parse_bytes(max_memory),
         )
-    cluster = nullcontext() if ray is None else RayExecutor(ray, workers)
+    cpus = workers if how is None else torch.get_num_threads()
+    cluster = nullcontext() if ray is None else RayExecutor(ray, cpus)
     with cluster as executor, logged(out, f"{job.folder} to {out} by {algorithm}") as log:
 
         def finished(unit: Unit) -> None:
@@ -629,7 +628,7 @@ def write_tensors(
         done += unit.bytes_before or 0
         on_unit(unit)
 
-    if cluster is not None:
+    if cluster is not None and calibrated is None:
         hashes = _by_tasks(
             job, algorithm, files, folder, journal, workers, cluster, begun, finished
         )
@@ -643,6 +642,7 @@ def write_tensors(
             folder,
             journal,
             workers,
+            cluster,
             on_step,
             begun,
             finished,
@@ -662,6 +662,7 @@ def _in_place(
     folder: Path,
     journal: Journal,
     workers: int,
+    cluster: Executor | None,
     on_step: OnStep,
     begun: Callable[[str], None],
     finished: OnUnit,
@@ -691,7 +692,14 @@ def _in_place(
 
         if calibrated is not None:  # all weights have their codes then; the rest is as it was read
             calibrated.run(
-                job.sources, job.contents, homes, journal, folder.parent, on_step, finished
+                job.sources,
+                job.contents,
+                homes,
+                journal,
+                folder.parent,
+                cluster,
+                on_step,
+                finished,
             )
         if delete_source:
             deleting.note_source(job.folder, job.stored, job.untied, journal)
@@ -790,10 +798,9 @@ def _write_file(
         write = partial(_write_one, job, algorithm, dict.fromkeys(plan.spans, shard), pieces)
         with ThreadPoolExecutor(workers) as pool:
             _call_each(pool, write, here, lambda _: None, units.append, workers)
-        shard.flush()
         sha256 = _read_again(job, shard, pieces)
     finally:
-        shard.close()
+        shard.close()  # it is on the disk then
     return WrittenFile(file=file, at=at, checksums=pieces.done, sha256=sha256, units=units)
 
 
