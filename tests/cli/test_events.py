@@ -71,14 +71,14 @@ def test_what_cannot_be_written(cli: Cli, llama: Path, tmp_path: Path) -> None:
 
 KILL_ITSELF = """
 import os, signal, sys
-from zeropoint.flows import stream
-put, left = stream.Shard.put, [20]
+from zeropoint.flows import stream, writing
+put, left = writing.Shard.put, [20]
 def counted(self, name, tensor):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
     put(self, name, tensor)
-stream.Shard.put = counted
+writing.Shard.put = counted
 stream.compress(sys.argv[1], sys.argv[2], workers=1)
 """
 

@@ -14,7 +14,7 @@ import zeropoint as zp
 from tests.models import ARCHITECTURES, build, example_inputs, tokenizer
 from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, NonFiniteError, RecipeError, StreamError, TextError
-from zeropoint.flows import blocks, stream
+from zeropoint.flows import blocks, stream, writing
 from zeropoint.flows.data import Calibration
 from zeropoint.model import shelf
 
@@ -154,7 +154,7 @@ class Stop(Exception):
 def test_a_run_that_ended_is_gone_on_with(folder, tmp_path, monkeypatch, count):
     report = compress(folder, tmp_path / "whole")
     written = []
-    put = stream.Shard.put
+    put = writing.Shard.put
 
     def stopping(self, name, tensor):
         if len(written) >= count:
@@ -163,7 +163,7 @@ def test_a_run_that_ended_is_gone_on_with(folder, tmp_path, monkeypatch, count):
         put(self, name, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Shard, "put", stopping)
+        patch.setattr(writing.Shard, "put", stopping)
         with pytest.raises(Stop):
             compress(folder, tmp_path / "out", workers=1)
     chosen = []
@@ -248,7 +248,7 @@ def test_a_block_that_was_damaged_meanwhile_is_done_again(folder, tmp_path, monk
 
 def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch):
     report = compress(folder, tmp_path / "whole")
-    write, left = stream.Shard.put, [40_000]
+    write, left = writing.Shard.put, [40_000]
 
     def put(self, name, tensor):
         left[0] -= tensor.nbytes
@@ -257,7 +257,7 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch):
         write(self, name, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Shard, "put", put)
+        patch.setattr(writing.Shard, "put", put)
         with pytest.raises(CheckpointError, match="No space left .* the same call goes on"):
             compress(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,8 @@ from tests.models import ARCHITECTURES, build, llama, tokenizer
 from zeropoint.checkpoints import native
 from zeropoint.checkpoints.journal import read_record
 from zeropoint.errors import CheckpointError, NonFiniteError, SourceError, StreamError
-from zeropoint.flows import deleting, stream
+from zeropoint.flows import deleting, stream, writing
+from zeropoint.flows.job import part_names, prepare
 
 INDEX = "model.safetensors.index.json"
 
@@ -184,7 +185,7 @@ def test_the_disk_holds_the_output_and_what_is_not_done(tmp_path, monkeypatch):
         assert "safetensors (deleted)" not in Path("/proc/self/maps").read_text()
 
     planned = []
-    monkeypatch.setattr(stream, "check_space", lambda path, needed: planned.append(needed))
+    monkeypatch.setattr(writing, "check_space", lambda path, needed: planned.append(needed))
     zp.compress(source, tmp_path / "both")
     zp.compress(source, out, on_unit=sample, delete_source=True)
     written = taken(out)
@@ -336,10 +337,10 @@ def test_a_journal_that_cannot_be_read(folder, tmp_path, monkeypatch):
 
 def parts_of(folder):
     """By the source's files, all that has to be there when one is gone."""
-    job = stream.prepare(folder, {"weights": "int8"})
+    job = prepare(folder, {"weights": "int8"})
     assert {s.file for s in job.stored.values()} == {*job.files}
     return {
-        file.name: [part for name in names for part in stream._part_names(job, name)]
+        file.name: [part for name in names for part in part_names(job, name)]
         for file, names in job.files.items()
     }
 
@@ -404,7 +405,7 @@ def test_a_kill_at_any_moment_loses_nothing(folder, whole, tmp_path):
 
 def test_a_full_disk_in_the_middle_loses_nothing(folder, whole, tmp_path, monkeypatch):
     expected, parts, out = tensors_in(tmp_path / "whole"), parts_of(folder), tmp_path / "out"
-    write, left = stream.Shard.put, [40_000]
+    write, left = writing.Shard.put, [40_000]
 
     def put(self, name, tensor):
         left[0] -= tensor.nbytes
@@ -413,7 +414,7 @@ def test_a_full_disk_in_the_middle_loses_nothing(folder, whole, tmp_path, monkey
         write(self, name, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Shard, "put", put)
+        patch.setattr(writing.Shard, "put", put)
         with pytest.raises(CheckpointError, match="No space left .* the same call goes on"):
             zp.compress(folder, out, delete_source=True)
     assert 0 < check_nothing_is_lost(folder, out, parts, expected) < len(parts)
@@ -460,14 +461,14 @@ NORM = "model.norm.weight"  # in the last file
 
 
 def test_what_reads_back_differently_is_not_deleted(folder, whole, tmp_path, monkeypatch):
-    write = stream.Shard.put
+    write = writing.Shard.put
 
     def put(self, name, tensor):
         write(self, name, tensor.clone().view(torch.uint8) ^ 1 if name == DOWN else tensor)
 
     (file,) = (f for f in shards(folder) if DOWN in load_file(f))
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Shard, "put", put)
+        patch.setattr(writing.Shard, "put", put)
         with pytest.raises(CheckpointError, match=f"{DOWN} has been written, .* is the disk sound"):
             zp.compress(folder, tmp_path / "out", delete_source=True)
     assert file.exists() and len(shards(folder)) == 1

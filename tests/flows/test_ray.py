@@ -18,7 +18,7 @@ import zeropoint as zp
 from tests.models import build, tokenizer
 from zeropoint.checkpoints import native
 from zeropoint.errors import ClusterError, NonFiniteError, RecipeError
-from zeropoint.flows import blocks, calibrate, cluster, stream
+from zeropoint.flows import blocks, calibrate, cluster, writing
 from zeropoint.flows.data import Calibration
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'zeropoint[ray]'")
@@ -34,7 +34,7 @@ CALIBRATED = {
     "data": [" ".join(f"w{i * j % 90}" for i in range(200)) for j in (1, 7)],
     "calibration": Calibration(tokens=128, window=16, batch_tokens=32),
 }
-write_file, find = stream._write_file, calibrate._find
+write_file, find = writing._write_file, calibrate._find
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def wait_for(happened):
 def killed_once(job, algorithm, groups, folder, *rest):
     """The first task's process dies when it has written three tensors."""
     killed = folder.parent / "killed"
-    put, written = stream.Shard.put, []
+    put, written = writing.Shard.put, []
 
     def deadly(self, name, tensor):
         put(self, name, tensor)
@@ -99,11 +99,11 @@ def killed_once(job, algorithm, groups, folder, *rest):
             killed.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    stream.Shard.put = deadly
+    writing.Shard.put = deadly
     try:
         return write_file(job, algorithm, groups, folder, *rest)
     finally:
-        stream.Shard.put = put
+        writing.Shard.put = put
 
 
 def waiting_with_the_last(job, algorithm, groups, folder, done, workers, file):
@@ -126,7 +126,7 @@ def waiting_for_two_nodes(job, algorithm, groups, folder, *rest):
 def drive(source, out, address):
     """A driver, in a process of its own."""
     native.MAX_SHARD_BYTES = SHARD_BYTES
-    stream._write_file = waiting_with_the_last
+    writing._write_file = waiting_with_the_last
     zp.compress(source, out, ray=address)
 
 
@@ -200,7 +200,7 @@ def test_it_writes_what_one_process_writes(nodes, folder, tmp_path, options):
 
 def test_a_run_of_one_process_is_gone_on_with(nodes, folder, tmp_path, monkeypatch):
     zp.compress(folder, tmp_path / "whole")
-    put, written = stream.Shard.put, []
+    put, written = writing.Shard.put, []
 
     def stopping(self, name, tensor):
         if len(written) >= 9:
@@ -209,7 +209,7 @@ def test_a_run_of_one_process_is_gone_on_with(nodes, folder, tmp_path, monkeypat
         put(self, name, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Shard, "put", stopping)
+        patch.setattr(writing.Shard, "put", stopping)
         with pytest.raises(KeyboardInterrupt):
             zp.compress(folder, tmp_path / "out", workers=1)
     units = []
@@ -258,7 +258,7 @@ def test_a_calibrated_run_names_the_weight_that_is_not_finite(nodes, folder, tmp
 
 def test_a_worker_that_is_killed_loses_nothing(nodes, folder, tmp_path, monkeypatch):
     zp.compress(folder, tmp_path / "local")
-    monkeypatch.setattr(stream, "_write_file", killed_once)
+    monkeypatch.setattr(writing, "_write_file", killed_once)
     killed = []
 
     def note(step, done, total):
@@ -321,7 +321,7 @@ def test_a_driver_that_is_killed_is_gone_on_with(nodes, folder, tmp_path):
 
 def test_a_node_that_is_added_late_is_used(nodes, folder, tmp_path, monkeypatch):
     zp.compress(folder, tmp_path / "local")
-    monkeypatch.setattr(stream, "_write_file", waiting_for_two_nodes)
+    monkeypatch.setattr(writing, "_write_file", waiting_for_two_nodes)
     seen = tmp_path / ".out.unfinished" / "nodes"
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(zp.compress, folder, tmp_path / "out", ray="auto")
@@ -394,7 +394,7 @@ def test_what_makes_no_sense_on_a_cluster(folder, tmp_path, options, says):
 
 def test_a_node_that_is_not_like_the_others(tmp_path):
     with pytest.raises(ClusterError, match=f"{tmp_path}/no is not there on the node .* share"):
-        stream._check_shared([tmp_path, tmp_path / "no"])
+        writing._check_shared([tmp_path, tmp_path / "no"])
     with pytest.raises(ClusterError, match="has torch .*, but the run was started by 1.0"):
         cluster._called(cluster._versions() | {"torch": "1.0"}, 1, print, (), {})
 

@@ -27,7 +27,7 @@ from zeropoint.errors import (
     StreamError,
     UnknownNameError,
 )
-from zeropoint.flows import stream
+from zeropoint.flows import stream, writing
 
 NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -168,7 +168,7 @@ class Stop(Exception):
 def stop_after(monkeypatch, count):
     """The run ends when so many weights are written; later runs do not."""
     written = []
-    write = stream.Shard.put
+    write = writing.Shard.put
 
     def put(self, name, tensor):
         if len(written) >= count:
@@ -176,7 +176,7 @@ def stop_after(monkeypatch, count):
         written.append(name)
         write(self, name, tensor)
 
-    monkeypatch.setattr(stream.Shard, "put", put)
+    monkeypatch.setattr(writing.Shard, "put", put)
     return written
 
 
@@ -309,7 +309,7 @@ def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
 
 def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch):
     zp.compress(folder, tmp_path / "whole")
-    write, left = stream.Shard.put, [10_000]
+    write, left = writing.Shard.put, [10_000]
 
     def put(self, name, tensor):
         left[0] -= tensor.nbytes
@@ -318,7 +318,7 @@ def test_a_full_disk_loses_nothing(folder, tmp_path, monkeypatch):
         write(self, name, tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Shard, "put", put)
+        patch.setattr(writing.Shard, "put", put)
         with pytest.raises(CheckpointError, match="No space left .* the same call goes on"):
             zp.compress(folder, tmp_path / "out")
     zp.compress(folder, tmp_path / "out")
@@ -353,13 +353,13 @@ def test_too_little_space_is_known_before(folder, tmp_path, monkeypatch):
 
 
 def test_a_result_that_reads_back_differently_is_not_installed(folder, tmp_path, monkeypatch):
-    write = stream.Shard.put
+    write = writing.Shard.put
 
     def put(self, name, tensor):
         write(self, name, tensor.clone().view(torch.uint8) ^ 1 if name == DOWN else tensor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream.Shard, "put", put)
+        patch.setattr(writing.Shard, "put", put)
         with pytest.raises(CheckpointError, match=f"{DOWN} has been written, .* is the disk sound"):
             zp.compress(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

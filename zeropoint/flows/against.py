@@ -21,7 +21,7 @@ from zeropoint.algorithms.rtn import rtn
 from zeropoint.checkpoints import native
 from zeropoint.checkpoints.floats import Stored, read_headers
 from zeropoint.errors import SourceError, StreamError, ZeropointError
-from zeropoint.flows.stream import Job, local_folder, outline
+from zeropoint.flows.job import Job, local_folder, outline
 from zeropoint.model.load import float_counterpart
 from zeropoint.model.pages import drop_pages
 from zeropoint.model.source import resolve

@@ -12,8 +12,8 @@ from zeropoint.algorithms.gptq import ROW_ELEMENTS
 from zeropoint.algorithms.search import LARGE_ELEMENTS
 from zeropoint.flows.calibrate import TOGETHER_ELEMENTS
 from zeropoint.flows.data import Calibration
+from zeropoint.flows.job import Job
 from zeropoint.flows.parts import chains_of, elements_of, is_embedding
-from zeropoint.flows.stream import Job
 
 FLOAT = 4  # bytes of float32, in which blocks, hidden states and solves are
 # Measured on blocks of K = 1024 to 8192 columns: float32 copies of what they are of.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from zeropoint.flows.stream import Job
+from zeropoint.flows.job import Job
 from zeropoint.model import capture
 from zeropoint.nn import QModule
 

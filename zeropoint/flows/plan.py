@@ -20,10 +20,12 @@ from zeropoint.flows.blocks import check_streams
 from zeropoint.flows.budget import parse_bytes
 from zeropoint.flows.calibrated_memory import calibrated_bytes
 from zeropoint.flows.data import Calibration
+from zeropoint.flows.job import Job, outline, without_values
 from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name
 from zeropoint.flows.report import Report
-from zeropoint.flows.stream import WORKERS, Job, copied_files, outline, without_values
+from zeropoint.flows.stream import copied_files
 from zeropoint.flows.trial import WITHOUT, try_out
+from zeropoint.flows.writing import WORKERS
 from zeropoint.model.load import float_skeleton
 from zeropoint.model.pages import resident_bytes
 from zeropoint.model.source import Source, resolve

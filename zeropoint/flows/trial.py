@@ -27,11 +27,13 @@ from zeropoint.checkpoints.journal import Journal
 from zeropoint.errors import StreamError
 from zeropoint.flows.calibrate import Passed, Residence, calibrate
 from zeropoint.flows.data import Calibration, of_written, window_of
+from zeropoint.flows.job import Job, live_model
 from zeropoint.flows.parts import chains_of, elements_of, is_embedding
-from zeropoint.flows.stream import JOURNAL, WORKERS, Job, live_model, write_tensors
+from zeropoint.flows.stream import JOURNAL
+from zeropoint.flows.writing import Run, write_tensors
 from zeropoint.model.replace import give_values, replace_module
 from zeropoint.nn import QEmbedding
-from zeropoint.progress import no_progress, no_units
+from zeropoint.progress import no_progress
 from zeropoint.qtensor import empty
 from zeropoint.scheme import Rule, Scheme
 
@@ -157,19 +159,7 @@ def _write(part: Job, algorithm: Algorithm) -> float:
         journal = Journal(Path(folder) / JOURNAL, {})
         start = time.perf_counter()
         try:
-            write_tensors(
-                part,
-                algorithm,
-                None,
-                written,
-                journal,
-                WORKERS,
-                None,
-                no_progress,
-                no_units,
-                lambda line: None,
-                delete_source=False,
-            )
+            write_tensors(Run(job=part, algorithm=algorithm, journal=journal), written)
         finally:
             journal.close()
         return time.perf_counter() - start

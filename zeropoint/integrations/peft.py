@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from zeropoint.algorithms.absorb import absorb
 from zeropoint.checkpoints.floats import Stored, read_headers
 from zeropoint.errors import NonFiniteError, RecipeError, SourceError, StateError
-from zeropoint.flows.stream import local_folder
+from zeropoint.flows.job import local_folder
 from zeropoint.model.load import float_skeleton, model_names
 from zeropoint.model.source import resolve
 from zeropoint.nn import PART_NAMES, QConv1D, QEmbedding, QLinear, QModule
