@@ -36,7 +36,7 @@ def verify(
 ) -> None:
     """Check a checkpoint: hashes, tensors, shapes, finiteness.
 
-    The exit code is 1 when something is wrong.
+    The exit code is 1 when something is wrong, and for another library's method that is not known.
     """
     start = time.perf_counter()
     screen = Screen(json_to)
@@ -51,7 +51,7 @@ def verify(
         {
             "directory": str(directory),
             "method": found.method,
-            "sound": not found.problems,
+            "sound": found.sound,
             "files": found.files,
             "tensors": found.tensors,
             "problems": found.problems,
@@ -67,7 +67,12 @@ def verify(
     )
     for line in found.not_checked:
         screen.warn(line)
-    if not found.problems:
+    if found.sound is None:
+        screen.line(
+            (str(directory), "bold"), ": nothing wrong was found, and little is known of it"
+        )
+        raise typer.Exit(UNSOUND)
+    if found.sound:
         screen.line(
             (str(directory), "bold"),
             " is ",

@@ -24,9 +24,9 @@ CHECKED = (
 class Verification:
     """What was found. method: whose format it is. problems: in words; none when it is sound.
     checked, unchecked: what was looked at, and what could not be. known: whether the method is;
-    of another one hardly anything can be said. files, tensors: how many there
-    are, a quantized weight of ours being one; None where the manifest is too damaged. likeness: to
-    the source, where one was given and the checkpoint is sound.
+    of another one hardly anything can be said. files, tensors: how many there are, a quantized
+    weight of ours being one; None where the manifest is too damaged. likeness: to the source, where
+    one was given and the checkpoint is sound.
     """
 
     method: str
@@ -37,6 +37,11 @@ class Verification:
     tensors: int | None
     known: bool = True
     likeness: Likeness | None = None
+
+    @property
+    def sound(self) -> bool | None:
+        """Whether no problem was found; None when that says nothing, as the method is unknown."""
+        return False if self.problems else self.known or None
 
     @property
     def not_checked(self) -> tuple[str, ...]:
