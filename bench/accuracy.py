@@ -396,8 +396,12 @@ DRAWN = {  # label, colour, marker
     "high": ("gptq, high", INK, "o"),
     "auto-round": ("AutoRound", RED, "s"),
     "hqq": ("HQQ", RED, "D"),
+    "llm-compressor, mse": ("GPTQ of llm-compressor", RED, "^"),
+    "torchao": ("torchao", GREEN, "D"),
     "bitsandbytes": ("bitsandbytes", GREEN, "s"),
 }
+MOST_BITS = 5  # int8 would squeeze the others
+PLACES = {"int4-g64": (-46, -22), "int4-g32": (-20, 8)}  # of labels in points, clear of lines
 
 
 def newest(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -420,6 +424,7 @@ def draw(path: Path) -> None:
             for (other, name), lines in newest(RESULTS).items()
             if other == rung and "budget" not in SETTINGS[name]
         ]
+        points = [point for point in points if point[0] < MOST_BITS]
         if not points:
             continue
         bits, kl, names = zip(*sorted(points), strict=True)
@@ -427,7 +432,7 @@ def draw(path: Path) -> None:
         ax.plot(bits, kl, color=color, marker=marker, markersize=5, linestyle=line, label=label)
         if rung == "medium":
             for x, y, name in zip(bits, kl, names, strict=True):
-                place = (-18, -14) if name == "nf4-g64" else (4, 5)  # int4-g64 is above it
+                place = PLACES.get(name, (-4, 6))
                 ax.annotate(name, (x, y), place, textcoords="offset points", fontsize=SMALL)
     ax.set_yscale("log")
     y_label = "mean KL divergence (nats per token)"
