@@ -7,10 +7,13 @@ would flatter every rung). Calibration text is the calibration half of Python's 
 or what the model writes itself; the answer is measured on the first windows of the other half,
 which no rung sees, and on a text of another kind, the source code of the standard library.
 Embedding and head are int8 per row, but for `budget-75MB`, which chooses for them as well, on the
-calibration text; peers leave them float. Peers run where they are installed
-(`pip install auto-round==0.16 hqq==0.2.8.post1 bitsandbytes==0.50.2`). One JSON line for every
-rung, setting and seed is appended to bench/results/accuracy.jsonl; `--targets` fails where the best
-rung misses its target. `python bench/accuracy.py --plot FILE` measures nothing, it draws the lines.
+calibration text; peers leave them float. Peers run where they are installed (`pip install
+auto-round==0.16 hqq==0.2.8.post1 bitsandbytes==0.50.2 torchao==0.18`, and `pip install --no-deps
+llmcompressor==0.14.0.1 compressed-tensors==0.19.0 loguru nvidia-ml-py`, which asks for an older
+transformers and AutoRound but runs with these; GPTQModel 7.7 asks for a newer torch). One JSON
+line for every rung, setting and seed is appended to bench/results/accuracy.jsonl; `--targets` fails
+where the best rung misses its target. `python bench/accuracy.py --plot FILE` measures nothing, it
+draws the lines.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -33,15 +37,18 @@ import torch
 from _common import RESULTS as FOLDER
 from _common import append, circumstances
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import zeropoint as zp
 from zeropoint.evaluate.statistics import TokenDistances, block_bootstrap, token_distances
 from zeropoint.evaluate.text import calibration_text, evaluation_text
-from zeropoint.flows.data import EFFORTS
+from zeropoint.flows.data import EFFORTS, prepare
 from zeropoint.plot.canvas import BLUE, GREEN, GREY, INK, RED, SKY, SMALL, figure_of, new_axes, tidy
 
 RESULTS = FOLDER / "accuracy.jsonl"
-PACKAGES = ("torch", "transformers", "auto-round", "hqq", "bitsandbytes")
+PACKAGES = (
+    "torch", "transformers", "auto-round", "hqq", "bitsandbytes", "llmcompressor", "torchao",
+)  # fmt: skip
 WINDOW = 512
 SETTINGS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
@@ -91,6 +98,8 @@ RUNGS = {
     "medium, qep": Rung("gptq", "medium", {"propagate": 0.5}),
     "medium, own text": Rung("gptq", "medium", own=True),
     "high, own text": Rung("gptq", "high", own=True),
+    "auto, low": Rung("auto", "low"),
+    "auto, medium": Rung("auto", "medium"),
     "rtn, rotated": Rung("rtn", rotate=True),
     "mse, rotated": Rung("mse", rotate=True),
     "low, no balance": Rung("gptq", "low", {"fold": False}),
@@ -145,10 +154,67 @@ def bitsandbytes(model: Any, tokenizer: Any, bits: int, group_size: int, seed: i
     return bits + 32 / group_size
 
 
-PEERS: dict[str, Callable[[Any, Any, int, int, int], float]] = {
+def llm_compressor(
+    model: Any, tokenizer: Any, bits: int, group_size: int, seed: int, observer: str
+) -> float:
+    """GPTQ of llm-compressor 0.14, asymmetric, float16 scales, on the tokens of medium effort."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    text = prepare(model, [calibration_text()], tokenizer, replace(EFFORTS["medium"], seed=seed))
+    weights = QuantizationArgs(
+        num_bits=bits, symmetric=False, strategy="group", group_size=group_size,
+        scale_dtype=torch.float16, observer=observer,
+    )  # fmt: skip
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    done = oneshot(
+        model=copy.deepcopy(model),  # its layers keep hooks
+        processor=tokenizer,
+        dataset=DataLoader(text.batches, batch_size=None),
+        recipe=GPTQModifier(config_groups={"all": scheme}, ignore=["lm_head"]),
+    )
+    rounded = dict(done.named_modules())
+    for name, layer in linears_of(model).items():
+        layer.weight.data.copy_(rounded[name].weight.data)
+    return bits + (16 + bits) / group_size
+
+
+def torchao(
+    model: Any, tokenizer: Any, bits: int, group_size: int | None, seed: int, algorithm: str
+) -> float:
+    """torchao 0.18, calibration-free. hqq looks for the scales of a symmetric grid; affine rounds,
+    asymmetric by group and symmetric by row. Int4WeightOnlyConfig has no CPU format.
+    """
+    from torchao import quantization as ao
+
+    symmetric = algorithm == "hqq_scale_only" or group_size is None
+    mapping = ao.MappingType.SYMMETRIC if symmetric else ao.MappingType.ASYMMETRIC
+    config = ao.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=ao.PerGroup(group_size) if group_size else ao.PerAxis(0),
+        mapping_type=mapping,
+        scale_dtype=torch.float16,
+        intx_choose_qparams_algorithm=algorithm,
+    )
+    layers = linears_of(model)
+    for layer in layers.values():
+        done = copy.deepcopy(layer)
+        ao.quantize_(done, config)
+        layer.weight.data.copy_(done.weight.dequantize())
+    rows, weights = (sum(f(x.weight) for x in layers.values()) for f in (len, Tensor.numel))
+    overhead = 16 if symmetric else 16 + 8  # the zero point is an int8
+    return bits + overhead * (1 / group_size if group_size else rows / weights)
+
+
+PEERS: dict[str, Callable[[Any, Any, int, Any, int], float]] = {
     "hqq": hqq,
     "auto-round": auto_round,
     "bitsandbytes": bitsandbytes,
+    "llm-compressor": partial(llm_compressor, observer="memoryless_minmax"),
+    "llm-compressor, mse": partial(llm_compressor, observer="memoryless_mse"),
+    "torchao": partial(torchao, algorithm="affine"),
+    "torchao, hqq": partial(torchao, algorithm="hqq_scale_only"),
 }
 
 
@@ -157,7 +223,10 @@ def fits(name: str, setting: str) -> bool:
     if name not in PEERS:
         return True
     weights = SETTINGS[setting].get("weights", "")
-    return "group_size" in SETTINGS[setting] and (name == "bitsandbytes") == (weights == "nf4")
+    if name == "bitsandbytes":
+        return bool(weights == "nf4")
+    by_group = SETTINGS[setting].get("group_size", -1) > 0
+    return weights.startswith("int") and (by_group or (name, setting) == ("torchao", "int8"))
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
@@ -210,7 +279,8 @@ def run(
     scheme = SETTINGS[setting]
     start = time.perf_counter()
     if name in PEERS:
-        bits = PEERS[name](model, tokenizer, int(scheme["weights"][-1]), scheme["group_size"], seed)
+        width, group_size = int(scheme["weights"][-1]), scheme.get("group_size")
+        bits = PEERS[name](model, tokenizer, width, group_size, seed)
         return model, {
             "seconds": round(time.perf_counter() - start, 1),
             "bits_per_linear_weight": bits,
@@ -326,8 +396,12 @@ DRAWN = {  # label, colour, marker
     "high": ("gptq, high", INK, "o"),
     "auto-round": ("AutoRound", RED, "s"),
     "hqq": ("HQQ", RED, "D"),
+    "llm-compressor, mse": ("GPTQ of llm-compressor", RED, "^"),
+    "torchao": ("torchao", GREEN, "D"),
     "bitsandbytes": ("bitsandbytes", GREEN, "s"),
 }
+MOST_BITS = 5  # int8 would squeeze the others
+PLACES = {"int4-g64": (-46, -22), "int4-g32": (-20, 8)}  # of labels in points, clear of lines
 
 
 def newest(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -350,6 +424,7 @@ def draw(path: Path) -> None:
             for (other, name), lines in newest(RESULTS).items()
             if other == rung and "budget" not in SETTINGS[name]
         ]
+        points = [point for point in points if point[0] < MOST_BITS]
         if not points:
             continue
         bits, kl, names = zip(*sorted(points), strict=True)
@@ -357,7 +432,7 @@ def draw(path: Path) -> None:
         ax.plot(bits, kl, color=color, marker=marker, markersize=5, linestyle=line, label=label)
         if rung == "medium":
             for x, y, name in zip(bits, kl, names, strict=True):
-                place = (-18, -14) if name == "nf4-g64" else (4, 5)  # int4-g64 is above it
+                place = PLACES.get(name, (-4, 6))
                 ax.annotate(name, (x, y), place, textcoords="offset points", fontsize=SMALL)
     ax.set_yscale("log")
     y_label = "mean KL divergence (nats per token)"
