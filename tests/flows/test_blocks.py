@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ from zeropoint.flows.data import Calibration
 from zeropoint.model import shelf
 
 SMALL = Calibration(tokens=128, window=16, batch_tokens=32)
+PROPAGATED = replace(SMALL, propagate=0.5)
+both_streams = pytest.mark.parametrize(
+    "how", [SMALL, PROPAGATED], ids=["one stream", "and the original one"]
+)
 TEXTS = [" ".join(f"w{i * j % 90}" for i in range(200)) for j in (1, 7)]
 
 
@@ -70,7 +75,9 @@ def test_it_writes_what_freezing_the_loaded_model_writes(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"data": "self"}, {"algorithm": "auto"}], ids=["texts", "self", "auto"]
+    "options",
+    [{}, {"data": "self"}, {"algorithm": "auto"}, {"calibration": PROPAGATED}],
+    ids=["texts", "self", "auto", "propagated"],
 )
 def test_half_precision_in_shards_by_text(folder, tmp_path, monkeypatch, options):
     monkeypatch.setattr(native, "MAX_SHARD_BYTES", 25_000)
@@ -89,10 +96,11 @@ def test_texts_are_read_by_the_tokenizer_of_the_source(tmp_path):
     assert found.calibration == "texts" and found.tokens == 128
 
 
-def test_layers_that_are_kept_and_blocks_without_any_other(folder, tmp_path):
+@both_streams
+def test_layers_that_are_kept_and_blocks_without_any_other(folder, tmp_path, how):
     exclude = ["model.layers.0.*", "*.q_proj"]
-    compress(folder, tmp_path / "out", exclude=exclude)
-    in_memory(folder, tmp_path / "saved", exclude=exclude)
+    compress(folder, tmp_path / "out", exclude=exclude, calibration=how)
+    in_memory(folder, tmp_path / "saved", exclude=exclude, calibration=how)
     assert files(tmp_path / "out") == files(tmp_path / "saved")
 
 
@@ -136,10 +144,10 @@ def test_hidden_states_in_files_make_no_difference(folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(blocks.OnDisk, "enter", enter)
     where = where | ({"offload": tmp_path / "states"} if "offload" in where else {})
-    compress(folder, tmp_path / "out", **where)
+    compress(folder, tmp_path / "out", **where, calibration=PROPAGATED)
     expected = where.get("offload", tmp_path / ".out.unfinished" / "hidden")
-    assert seen == {expected} and not expected.exists()
-    in_memory(folder, tmp_path / "saved")
+    assert seen == {expected, expected / "original"} and not expected.exists()
+    in_memory(folder, tmp_path / "saved", calibration=PROPAGATED)
     assert files(tmp_path / "out") == files(tmp_path / "saved")
 
 
@@ -150,9 +158,10 @@ class Stop(Exception):
     """What ends a run in these tests."""
 
 
+@both_streams
 @pytest.mark.parametrize("count", [0, 1, 3, 12, 30, 45])
-def test_a_run_that_ended_is_gone_on_with(folder, tmp_path, monkeypatch, count):
-    report = compress(folder, tmp_path / "whole")
+def test_a_run_that_ended_is_gone_on_with(folder, tmp_path, monkeypatch, count, how):
+    report = compress(folder, tmp_path / "whole", calibration=how)
     written = []
     put = writing.Shard.put
 
@@ -165,7 +174,7 @@ def test_a_run_that_ended_is_gone_on_with(folder, tmp_path, monkeypatch, count):
     with monkeypatch.context() as patch:
         patch.setattr(writing.Shard, "put", stopping)
         with pytest.raises(Stop):
-            compress(folder, tmp_path / "out", workers=1)
+            compress(folder, tmp_path / "out", workers=1, calibration=how)
     chosen = []
     choose = stream.Algorithm.choose
 
@@ -174,7 +183,7 @@ def test_a_run_that_ended_is_gone_on_with(folder, tmp_path, monkeypatch, count):
         return choose(self, weight, *rest)
 
     monkeypatch.setattr(stream.Algorithm, "choose", counting)
-    again = compress(folder, tmp_path / "out")
+    again = compress(folder, tmp_path / "out", calibration=how)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert again.calibration == report.calibration
     groups = 4  # of weights with one input, in each block
@@ -329,9 +338,10 @@ KILLS = 50
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12 on
 def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
     """SIGKILL at random moments, again and again until a run comes to its end."""
-    compress(folder, tmp_path / "whole", workers=1)
+    how = {"workers": 1, "calibration": PROPAGATED}
+    compress(folder, tmp_path / "whole", **how)
     start = time.perf_counter()
-    compress(folder, tmp_path / "timed", workers=1)
+    compress(folder, tmp_path / "timed", **how)
     seconds = time.perf_counter() - start
     moments = random.Random(0)
     killed = 0
@@ -340,7 +350,7 @@ def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
         child = os.fork()
         if child == 0:  # no native threads in the child: those of the parent are not there
             torch.set_num_threads(1)
-            compress(folder, out, workers=1)
+            compress(folder, out, **how)
             os._exit(0)
         time.sleep(moments.uniform(0, 1.2 * seconds))
         os.kill(child, signal.SIGKILL)
@@ -348,7 +358,7 @@ def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
         killed += os.WIFSIGNALED(status)
         if out.exists():  # killed after the last step, or while it tidied up
             assert files(out) == files(tmp_path / "whole")
-        compress(folder, out, overwrite=True)
+        compress(folder, out, overwrite=True, calibration=PROPAGATED)
         assert files(out) == files(tmp_path / "whole")
         assert [p.name for p in tmp_path.glob(f".out{trial}.*")] == []
     assert killed >= KILLS // 3
@@ -361,7 +371,6 @@ def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
     ("options", "error", "says"),
     [
         ({"calibration": None, "effort": "high"}, StreamError, 'effort "high".*whole model'),
-        ({"calibration": Calibration(propagate=0.5)}, StreamError, "propagate needs the whole"),
         ({"effort": "low"}, RecipeError, "give one of the two"),
         ({"data": []}, TextError, "empty"),
         (
@@ -371,7 +380,7 @@ def test_a_kill_at_any_moment_loses_nothing(folder, tmp_path):
         ),
         ({"max_memory": "much"}, RecipeError, "much"),
     ],
-    ids=["high", "propagate", "both", "empty", "no states", "memory"],
+    ids=["high", "both", "empty", "no states", "memory"],
 )
 def test_what_needs_the_whole_model_or_makes_no_sense(folder, tmp_path, options, error, says):
     with pytest.raises(error, match=says):

@@ -15,10 +15,13 @@ from zeropoint.qtensor import QTensor
 class Moments(NamedTuple):
     """Second moments of a layer's inputs, (K, K) float64: means of x x^T. seen: of the inputs that
     codes may be fitted to. unseen: of others, to judge them by; None where none were kept back.
+    drift: mean of (x' - x) x^T over those seen, x' being what x was before the layers before were
+    quantized; None where it is not asked for.
     """
 
     seen: Tensor
     unseen: Tensor | None = None
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from zeropoint.model.capture import Stream, first_of, tokens_of
 from zeropoint.observers import MeanSquareObserver
 
 FOLD_TOKENS = 4096  # enough for a mean square of each channel
+
+
+class Balanced(NamedTuple):
+    """An edge, and what the consumers' columns were multiplied by and their inputs divided: (K,)"""
+
+    fold: graph.Fold
+    columns: Tensor
 
 
 @torch.no_grad()
@@ -29,7 +36,7 @@ def balance_block(
     may_change: Callable[[nn.Module], bool],
     helped: Callable[[nn.Module], bool],
     seed: int,
-) -> list[graph.Fold]:
+) -> list[Balanced]:
     """Balance activations and weights over the block's edges. In place; the block's function stays.
 
     groups: layers of one input, from `capture.sharing`. known: edges of the block before, which are
@@ -69,11 +76,10 @@ def balance_block(
         group = mine[fold.consumers]
         activations = observers[group[0]].result()
         if torch.isfinite(activations).all():
-            done.append(fold)
             factors = _factors(block, fold, group, activations)
             producer = block.get_submodule(fold.producer)
             factors = _storable(producer, fold, factors, dtypes[f"{fold.producer}.weight"])
-            graph.apply(block, fold, factors)
+            done.append(Balanced(fold, graph.apply(block, fold, factors)))
     return done
 
 

@@ -10,6 +10,7 @@ hidden state has to survive.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import zlib
@@ -57,6 +58,7 @@ from zeropoint.qtensor import QTensor
 
 RECORDS = "blocks"  # folder beside the journal: what is known of each block beside its tensors
 HIDDEN = "hidden"  # the same, for hidden states that are not in memory
+ORIGINAL = "original"  # inside it: those of the model before it was quantized
 TEXT = "text.safetensors"  # beside it: what the model has written to be calibrated by
 REPORT = "report"  # a note in the journal: how all codes were chosen
 
@@ -111,10 +113,10 @@ class Calibrated:
         """Choose and write the codes of all weights, but for those that an earlier run has.
         cluster: as `calibrate` takes it.
         """
-        shelf = None
-        if self._offload is not None or self._memory_bytes is not None:
-            shelf = Shelf(self._offload or working / HIDDEN, self._memory_bytes or 0)
-        residence = OnDisk(self._model, sources, contents, homes, journal, working, shelf, on_unit)
+        shelves = self._shelves(working)
+        residence = OnDisk(
+            self._model, sources, contents, homes, journal, working, shelves, on_unit
+        )
         try:
             layers, prepared, warnings = calibrate(
                 self._model,
@@ -126,7 +128,7 @@ class Calibrated:
                 cluster,
             )
         finally:
-            if shelf is not None:
+            for shelf in shelves.values():
                 shelf.clear()
         residence.finish()
         self.report = FreezeReport(
@@ -137,6 +139,16 @@ class Calibrated:
             warnings=tuple(warnings),
         )
         journal.note(REPORT, asdict(self.report))
+
+    def _shelves(self, working: Path) -> dict[bool, Shelf]:
+        """For the hidden states of the model quantized (False) and original, if not in memory."""
+        if self._offload is None and self._memory_bytes is None:
+            return {}
+        folder, limit = self._offload or working / HIDDEN, self._memory_bytes or 0
+        if not self._options.propagate:
+            return {False: Shelf(folder, limit)}
+        original = Shelf(folder / ORIGINAL, limit // 2)
+        return {True: original, False: Shelf(folder, limit - limit // 2)}
 
     def recall(self, journal: Journal) -> None:
         """Report what an earlier run did, which chose all codes."""
@@ -167,11 +179,10 @@ class Calibrated:
 
 def check_streams(options: Calibration) -> None:
     """Raises StreamError for options that want the whole model."""
-    if options.tune_steps or options.propagate:
-        what = 'effort "high" (tune_steps)' if options.tune_steps else "propagate"
+    if options.tune_steps:
         raise StreamError(
-            f"{what} needs the whole model, and its float weights as well, in memory; use "
-            "zp.load(source), zp.quantize, zp.freeze and zp.save"
+            'effort "high" (tune_steps) needs the whole model, and its float weights as well, in '
+            "memory; use zp.load(source), zp.quantize, zp.freeze and zp.save"
         )
 
 
@@ -191,8 +202,8 @@ class OnDisk(Residence):
     shards that hold `contents`' parts.
 
     model: live, its parameters on the meta device. homes: the shard of each part. folder: for the
-    records of blocks. shelf: for hidden states, None for memory. on_unit: called for every layer
-    that is finished.
+    records of blocks. shelves: for hidden states, empty for memory; True: those of the original
+    model. on_unit: called for every layer that is finished.
     """
 
     def __init__(
@@ -203,11 +214,11 @@ class OnDisk(Residence):
         homes: Mapping[str, Shard],
         journal: Journal,
         folder: Path,
-        shelf: Shelf | None,
+        shelves: Mapping[bool, Shelf],
         on_unit: OnUnit,
     ) -> None:
         self._model = model
-        self._shelf = shelf
+        self._shelves = shelves
         self._sources = sources
         self._contents = contents
         self._parts = native.stored_tensors(contents)
@@ -260,11 +271,12 @@ class OnDisk(Residence):
             for block in tuple(self._here):  # in which the run ended
                 self._release(block)
 
-    def hidden(self) -> list[Tensor] | Shelf:
-        if self._shelf is None:
+    def hidden(self, *, original: bool = False) -> list[Tensor] | Shelf:
+        shelf = self._shelves.get(original)
+        if shelf is None:
             return []
-        self._shelf.clear()
-        return self._shelf
+        shelf.clear()
+        return shelf
 
     def enter(self, block: nn.Module) -> Passed | None:
         passed = self._passed(block)
@@ -275,6 +287,15 @@ class OnDisk(Residence):
             self._load_kept(block)
         self._here.add(block)
         return passed
+
+    def original(self, block: nn.Module) -> nn.Module:
+        twin = copy.deepcopy(block)
+        if block in self._earlier:  # what it has are an earlier run's values
+            for parameter in twin.parameters():
+                give_values(parameter, torch.empty_like(parameter, device="meta"))
+            for inner, module in twin.named_modules():
+                self._fill(module, _join(self._names[block], inner))
+        return twin
 
     def chosen(self, live: QModule) -> None:
         weight = live._parameters["weight"]

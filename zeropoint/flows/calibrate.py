@@ -5,9 +5,9 @@ quantized already, make of the calibration data.
 
 Inside a block the layers go in the order in which they run; those that read one tensor share its
 Hessian. A forward pass ends where the layer of interest begins, so this costs little more than one
-pass. In memory at any time: one block, the hidden states between two blocks, one Hessian (a copy
-of the block and a second stream of hidden states when errors are propagated). Where the other
-blocks are meanwhile is a `Residence`'s business.
+pass. In memory at any time: one block, the hidden states between two blocks, one Hessian (when
+errors are propagated: the block and the hidden states as they were before, too). Where the other
+blocks are meanwhile, and hidden states, is a `Residence`'s business.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from zeropoint.algorithms.choice import Choice, Moments, measured
 from zeropoint.algorithms.fold import helps, propagated
 from zeropoint.algorithms.search import search
 from zeropoint.errors import ZeropointError
-from zeropoint.flows.balance import balance_block, one_example
+from zeropoint.flows.balance import Balanced, balance_block, one_example
 from zeropoint.flows.data import Calibration, Prepared
 from zeropoint.flows.report import LayerReport
 from zeropoint.model import capture, graph
@@ -76,13 +76,20 @@ class Residence:
         """While this lasts the whole model can be run."""
         yield
 
-    def hidden(self) -> list[Tensor] | Shelf:
-        """Where the hidden states of a chain go. Those of the chain before are wanted no more."""
+    def hidden(self, *, original: bool = False) -> list[Tensor] | Shelf:
+        """Where the hidden states of a chain go. Those of the chain before are wanted no more.
+
+        original: those of the model before it was quantized.
+        """
         return []
 
     def enter(self, block: nn.Module) -> Passed | None:
         """Let the block have its values. In place. Returns what an earlier run made of it."""
         return None
+
+    def original(self, block: nn.Module) -> nn.Module:
+        """A copy of a block that was entered, as it was before any run quantized it, in float32."""
+        return copy.deepcopy(block)
 
     def chosen(self, live: QModule) -> None:
         """The codes of a live module are known, and its float weight is wanted no more. In place.
@@ -92,6 +99,13 @@ class Residence:
 
     def leave(self, block: nn.Module, passed: Passed) -> None:
         """The block is frozen and will be wanted no more, but to run. In place."""
+
+
+class _Original(NamedTuple):
+    """A block and its inputs before anything was quantized."""
+
+    block: nn.Module
+    stream: Stream
 
 
 @dataclass
@@ -229,24 +243,21 @@ def _install(work: _Work, module: nn.Module) -> None:
 
 
 def _choose(
-    work: _Work, sets: list[list[nn.Module]], moments: Moments | None, cross: Tensor | None = None
+    work: _Work, sets: list[list[nn.Module]], moments: Moments | None
 ) -> Iterator[list[Choice]]:
     """One choice for each module, for one set after the other. All modules read the same inputs;
-    those of a set have one scheme. cross: of errors to propagate.
+    those of a set have one scheme.
     """
 
     def weights_of(modules: list[nn.Module]) -> list[Tensor]:
-        weights = [work.live[m][0].float_weight().detach().float() for m in modules]
-        if cross is None or moments is None:
-            return weights
-        return [propagated(w, moments.seen, cross, work.options.propagate) for w in weights]
+        return [work.live[m][0].float_weight().detach().float() for m in modules]
 
     def about(modules: list[nn.Module]) -> tuple[list[str], Scheme]:
         # Scales become 8-bit when a module takes its rows: those of all modules are no one's.
         scheme = work.live[modules[0]][0].scheme
         return [work.live[m][1][0] for m in modules], scheme.of_some_rows or scheme
 
-    find = partial(_find, work.algorithm, moments)
+    find = partial(_find, work.algorithm, moments, work.options.propagate)
     if work.cluster is None:
         yield from (find(weights_of(modules), *about(modules)) for modules in sets)
     else:
@@ -257,6 +268,7 @@ def _choose(
 def _find(
     algorithm: Algorithm,
     moments: Moments | None,
+    propagate: float,
     weights: list[Tensor],
     names: list[str],
     scheme: Scheme,
@@ -264,18 +276,18 @@ def _find(
     """Several weights are chosen as one of all their rows: rows do not know of each other, and a
     column of 3072 rows costs little more than one of 192.
     """
+    whole = torch.cat(weights)
+    if moments is not None and moments.drift is not None:
+        whole = propagated(whole, moments.seen, moments.drift, propagate)
     try:
-        choice = algorithm.choose(torch.cat(weights), moments, scheme)
+        choice = algorithm.choose(whole, moments, scheme)
     except ZeropointError as e:
         raise type(e)(f"{' + '.join(f'{name}.weight' for name in names)}: {e}") from e
     if len(weights) == 1:
         return [choice]
     choices = []
-    for rows, weight in zip(
-        torch.arange(choice.weight.shape[0]).split([len(w) for w in weights]),
-        weights,
-        strict=True,
-    ):
+    sizes = [len(w) for w in weights]
+    for rows, weight in zip(torch.arange(len(whole)).split(sizes), whole.split(sizes), strict=True):
         part = replace(choice, weight=choice.weight.rows(rows.to(weight.device)))
         judge = (
             None if moments is None else moments.seen if moments.unseen is None else moments.unseen
@@ -336,24 +348,33 @@ def _chain(work: _Work, blocks: list[nn.Module], stream: Stream) -> None:
     narrow = dtypes - {torch.float32}
     if narrow:
         _widen(stream)
-    original: Stream | None = None
+    floats: Stream | None = None
     if work.options.propagate:
-        original = Stream(list(stream.hidden), stream.calls, stream.keep)
+        hidden = work.residence.hidden(original=True)
+        for states in stream.hidden:
+            hidden.append(states)
+        floats = Stream(hidden, stream.calls, stream.keep)
     folds: Sequence[graph.Fold] = []
     busy = [any(m in work.live and _pending(work, m) for m in b.modules()) for b in blocks]
     while busy and not busy[-1]:
         busy.pop()  # nothing behind the last layer to quantize needs to run
     for index, block in enumerate(blocks[: len(busy)]):
+        original = None  # that of the block before is wanted no more
         earlier = work.residence.enter(block)
         kept = {k: t.dtype for k, t in (*block.named_parameters(), *block.named_buffers())}
         block.float()
+        if floats is not None:
+            original = _Original(work.residence.original(block), floats)
         try:
             if earlier is not None:
                 passed = _again(work, block, index, stream, earlier)
             elif busy[index]:
                 passed = _block(work, block, index, stream, original, folds, kept)
             else:
-                passed = _pass(block, index, stream, original)
+                capture.advance(stream, index, block)
+                passed = Passed(layers=(), folds=())
+            if original is not None:
+                capture.advance(original.stream, index, original.block)
         finally:
             _narrow(block, kept)
         folds = passed.folds or folds
@@ -381,7 +402,7 @@ def _block(
     block: nn.Module,
     index: int,
     stream: Stream,
-    original: Stream | None,
+    original: _Original | None,
     known: Sequence[graph.Fold],
     dtypes: dict[str, torch.dtype],
 ) -> Passed:
@@ -397,9 +418,9 @@ def _block(
     example = stream.hidden[0][:1]
     groups = capture.sharing(block, lambda: one_example(stream, index).run(block, example))
     targets = [m for g in groups for m in g if m in work.live and _pending(work, m)]
-    folds = []
+    balanced: list[Balanced] = []
     if work.options.fold:
-        folds = balance_block(
+        balanced = balance_block(
             block,
             index,
             stream,
@@ -410,41 +431,31 @@ def _block(
             helped=lambda m: helps(work.live[m][0].scheme.fmt),
             seed=work.options.seed,
         )
-    folded = {c: f.producer for f in folds for c in f.consumers}
-    reference = copy.deepcopy(block) if original is not None else None
+    folds = {c: one for one in balanced for c in one.fold.consumers}
     for group in groups:
         mine = [m for m in group if m in targets]
         if not mine:
             continue
-        moments, cross, tokens = _statistics(
-            work, group[0], names[group[0]], index, block, reference, stream, original
+        moments, tokens = _statistics(
+            work, names[group[0]], index, block, stream, original, folds.get(names[group[0]])
         )
         sets = _alike(work, mine)
-        for alike, choices in zip(sets, _choose(work, sets, moments, cross), strict=True):
+        for alike, choices in zip(sets, _choose(work, sets, moments), strict=True):
             for module, choice in zip(alike, choices, strict=True):
                 dtype = dtypes[f"{names[module]}.weight"]
                 choice = replace(choice, weight=replace(choice.weight, dtype=dtype))
                 work.chosen[work.tie[module]] = (work.live[module][0], choice.weight)
                 _use_image(module, choice.weight)
                 work.residence.chosen(work.live[module][0])
-                work.report(module, choice, tokens, folded.get(names[module]))
+                into = folds.get(names[module])
+                work.report(module, choice, tokens, into and into.fold.producer)
     _round_kept(work, block, dtypes)
     capture.advance(stream, index, block)
-    if original is not None and reference is not None:
-        capture.advance(original, index, reference)
     for module in block.modules():
         if module in work.live:
             _report_tied(work, module)
             _install(work, module)
-    return Passed(layers=list(work.layers.values())[before:], folds=folds)
-
-
-def _pass(block: nn.Module, index: int, stream: Stream, original: Stream | None) -> Passed:
-    """Move the streams behind a block in which nothing is to be done."""
-    for one in (stream, original):
-        if one is not None:
-            capture.advance(one, index, block)
-    return Passed(layers=(), folds=())
+    return Passed(layers=list(work.layers.values())[before:], folds=[one.fold for one in balanced])
 
 
 def _may_change(work: _Work, module: nn.Module) -> bool:
@@ -474,18 +485,18 @@ def _kept_back(work: _Work, batches: int) -> int:
 
 def _statistics(
     work: _Work,
-    module: nn.Module,
     name: str,
     index: int,
     block: nn.Module,
-    reference: nn.Module | None,
     stream: Stream,
-    original: Stream | None,
-) -> tuple[Moments | None, Tensor | None, int]:
-    """Moments of the layer's inputs, their drift from the original model's, and their number.
+    original: _Original | None,
+    balanced: Balanced | None,
+) -> tuple[Moments | None, int]:
+    """Moments of a layer's inputs, and their number. None where no token reached the layer.
 
-    None where no token reached the layer.
+    name: inside the block. balanced: how its inputs differ from the original's otherwise.
     """
+    module = block.get_submodule(name)
     columns = graph.matrix(module).shape[1]
     device = graph.matrix(module).device
     observers = HessianObserver(columns, device), HessianObserver(columns, device)
@@ -498,16 +509,19 @@ def _statistics(
         keep = stream.keep[i]
         observers[i >= fitted_to].update(tokens_of(x, keep))
         kept_back = i >= fitted_to  # propagation would fit weights to these, too
-        if not (cross is None or original is None or reference is None or kept_back):
-            twin = reference.get_submodule(name)
-            y = capture.input_of(twin, partial(original.run, i, index, reference))
-            if y is not None and y.shape == x.shape:
-                cross.update(tokens_of(y, keep), tokens_of(x, keep))
+        if not (cross is None or original is None or kept_back):
+            twin = original.block.get_submodule(name)
+            run = partial(original.stream.run, i, index, original.block)
+            before = capture.input_of(twin, run)
+            if before is not None and before.shape == x.shape:
+                if balanced is not None:
+                    before = before / balanced.columns
+                cross.update(tokens_of(before, keep), tokens_of(x, keep))
     (seen, tokens), (unseen, others) = (observer.result() for observer in observers)
     if tokens == 0:
-        return None, None, 0
-    moments = Moments(seen, unseen if others else None)
-    return moments, None if cross is None else cross.result(), tokens + others
+        return None, 0
+    drift = None if cross is None else cross.result()
+    return Moments(seen, unseen if others else None, drift), tokens + others
 
 
 def _widen(stream: Stream) -> None:

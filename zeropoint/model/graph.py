@@ -54,10 +54,10 @@ def matrix(module: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def apply(block: nn.Module, fold: Fold, factors: Tensor) -> None:
+def apply(block: nn.Module, fold: Fold, factors: Tensor) -> Tensor:
     """Divide the producer's channels by `factors` and multiply the consumers' columns. In place.
 
-    factors: (channels of the producer,) float > 0.
+    factors: (channels of the producer,) float > 0. Returns those of the columns, (K,).
     """
     producer: Any = block.get_submodule(fold.producer)
     s = factors.to(producer.weight)
@@ -73,6 +73,7 @@ def apply(block: nn.Module, fold: Fold, factors: Tensor) -> None:
     columns = s[fold.channel]
     for name in fold.consumers:
         matrix(block.get_submodule(name)).mul_(columns)
+    return columns
 
 
 @torch.no_grad()
