@@ -60,6 +60,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int3": {"weights": "int3", "group_size": -1},
     "int2-g64": {"weights": "int2", "group_size": 64},
     "int2-g32": {"weights": "int2", "group_size": 32},
+    "e8p-g64": {"weights": "e8p", "group_size": 64},
+    "e8p": {"weights": "e8p", "group_size": -1},
     "nf4-g64": {"weights": "nf4", "group_size": 64},
     "any4-g64": {"weights": "any4"},
     "float8": {"weights": "float8_e4m3fn"},

@@ -28,7 +28,7 @@ from zeropoint.algorithms import get_algorithm
 from zeropoint.kernels import reference
 from zeropoint.kernels.reference import weight_values
 from zeropoint.nn import QModule
-from zeropoint.numerics import FORMATS, Format, Grid
+from zeropoint.numerics import FORMATS, Format, Grid, e8p
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import PER_CHANNEL, Scheme
 
@@ -46,8 +46,10 @@ DOWNCASTS = [f for f in FORMATS.values() if f.kind == "downcast"]
 
 def has_units(fmt: Format) -> bool:
     """Whether the grid has -1, 0 and 1, so that constants and zeros are exact. Not iq4nl's, nor one
-    that is learned.
+    that is learned, nor that of vectors.
     """
+    if fmt.width > 1:
+        return False
     return fmt.kind != "codebook" or {-1.0, 0.0, 1.0} <= set(fmt.levels or ())
 
 
@@ -58,6 +60,8 @@ def symmetries(fmt: Format) -> tuple[bool, ...]:
 
 GRIDS = [(f.name, symmetric) for f in SCALED for symmetric in symmetries(f)]
 """(format, symmetric) of everything that has a scale."""
+OF_ONE = [(name, symmetric) for name, symmetric in GRIDS if FORMATS[name].width == 1]
+"""The same without vectors: every value has a code of its own."""
 
 
 def schemes(group_size: int = 32) -> list[Scheme]:
@@ -80,6 +84,11 @@ def schemes(group_size: int = 32) -> list[Scheme]:
     result += [Scheme.of(f.name, group_size=group_size) for f in SCALED if f.scale_dtype]
     result += [Scheme.of(f.name, group_size=group_size, double_quant=True) for f in CODEBOOKS]
     return result + float_zeros(group_size)
+
+
+def by_threes() -> list[Scheme]:
+    """`schemes` whose groups are 3 codes, or the codes of 3 vectors."""
+    return [s for width in (1, 8) for s in schemes(3 * width) if s.fmt.width == width]
 
 
 def float_zeros(group_size: int = 32) -> list[Scheme]:
@@ -142,10 +151,30 @@ def assert_nearest(values, image, grid: Grid, fmt: Format) -> None:
     values, image: (R, G, B) float32. Slack: 4 u (|w| + |image| + s), see the top.
     """
     values, image, scale = values.double(), image.double(), grid.scale.double().unsqueeze(-1)
+    if fmt.width > 1:
+        _assert_nearest_vectors(values, image, scale)
+        return
     points = scale * grid_points(fmt, grid)
     nearest = (values.unsqueeze(-1) - points.unsqueeze(-2)).abs().amin(-1)
     slack = 4 * UNIT_ROUNDOFF * (values.abs() + image.abs() + scale) + SUBNORMAL
     _assert_below((values - image).abs(), nearest + slack, "distance to the nearest grid point")
+
+
+def _assert_nearest_vectors(values, image, scale) -> None:
+    """No codeword is nearer to eight values than their image is. (R, G, B) float64; (R, G, 1).
+
+    2 t.c - |c|^2 sums 8 products of two parts each: 32 u |t| |c|, and |c| < 5. Slack: 64 u of the
+    square, in units of the weight, for both words that are compared.
+    """
+    scale = scale.expand_as(values).reshape(-1, 8)[:, :1]
+    values, image = values.reshape(-1, 8), image.reshape(-1, 8)
+    codewords = e8p.codewords(torch.device("cpu")).double()
+    parts = (values / scale).split(64)  # 32 MB of distances
+    least = torch.cat([torch.cdist(part, codewords).amin(1) for part in parts])
+    nearest = (least * scale[:, 0]).square()
+    slack = 64 * UNIT_ROUNDOFF * (values.norm(dim=1) + 5 * scale[:, 0]).square() + SUBNORMAL
+    found = (values - image).square().sum(1)
+    _assert_below(found, nearest + slack, "distance to the nearest codeword")
 
 
 def assert_within_half_step(values, image, scale) -> None:

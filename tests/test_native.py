@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.helpers import (
-    GRIDS,
     INTEGERS,
+    OF_ONE,
     PROPERTY,
     TABLES,
     assert_embedding,
@@ -52,7 +52,7 @@ from zeropoint.scheme import Scheme
 needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 every_isa = pytest.mark.parametrize("isa", instruction_sets(), indirect=True)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMATS_AND_SIGNS = GRIDS + [("bfloat16", True), ("float16", True)]
+FORMATS_AND_SIGNS = OF_ONE + [("bfloat16", True), ("float16", True)]
 QUANTIZED = [
     (f.name, symmetric)
     for f in INTEGERS + TABLES

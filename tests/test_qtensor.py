@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.helpers import assert_nearest, defaults, example_weight, rtn, schemes
-from zeropoint.errors import CheckpointError
-from zeropoint.numerics import Quantized, blocked, quantize
+from zeropoint.errors import CheckpointError, GroupSizeError
+from zeropoint.numerics import Quantized, blocked, e8p, quantize
 from zeropoint.qtensor import QTensor, check_parts, part_specs
 from zeropoint.scheme import Scheme
 
@@ -75,6 +75,9 @@ def test_dequantize_follows_the_formula_in_float32_and_returns_the_weights_dtype
         codes = q.levels.float().expand(5, -1).gather(1, q.codes.long())
     elif fmt.kind == "codebook":
         codes = torch.tensor(fmt.levels)[q.codes.long()]
+    elif fmt.kind == "vector":
+        words = (q.codes.view(5, 12, 8).long() << torch.arange(0, 16, 2)).sum(-1)
+        codes = e8p.codewords(torch.device("cpu"))[words].view(5, 96)
     if q.zero_point is not None:
         codes = codes - q.zero_point.repeat_interleave(96 // q.zero_point.shape[1], 1).expand(5, 96)
     real = codes
@@ -139,7 +142,7 @@ def test_columns_are_those_of_the_whole_whichever_groups_they_tear(scheme):
         range(96),
         range(32, 96),
         [*range(16), *range(48, 96)],
-        [*range(8), *range(90, 96)],
+        [*range(8), *range(90 if scheme.fmt.width == 1 else 88, 96)],
     ):
         indices = torch.tensor(list(kept))
         part = q.columns(indices)
@@ -158,6 +161,13 @@ def test_groups_get_smaller_only_where_they_are_torn(kept, size):
     whole = heads.view(3, 32)
     indices = (whole if size == 32 else heads)[kept].view(-1)
     assert q.columns(indices).scheme == Scheme.of("int4", group_size=size)
+
+
+@pytest.mark.parametrize("kept", [range(4, 12), range(9), [*range(8), *range(15, 7, -1)]])
+def test_codes_of_vectors_stay_together(kept):
+    q = rtn(example_weight(), Scheme.of("e8p", group_size=32))
+    with pytest.raises(GroupSizeError, match=f"these {len(kept)} columns are not runs of 8 from"):
+        q.columns(torch.tensor(list(kept)))
 
 
 @every_scheme

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import GRIDS, PROPERTY, defaults, rtn, schemes
+from tests.helpers import GRIDS, PROPERTY, by_threes, defaults, rtn, schemes
 from zeropoint.errors import GroupSizeError, RecipeError, UnknownNameError
 from zeropoint.numerics import FORMATS
 from zeropoint.numerics.formats import SCALE_DTYPES
@@ -211,9 +211,10 @@ def test_of_refuses_a_group_size_that_is_not_positive(size):
         Scheme.of("int4", group_size=size)
 
 
-@pytest.mark.parametrize("scheme", schemes(group_size=3), ids=str)
+@pytest.mark.parametrize("scheme", by_threes(), ids=str)
 def test_storage_bytes_are_the_bytes_of_the_tensors(scheme):
-    for shape in [(1, 3), (3, 27), (5, 33), (4, 2, 3, 3), (7, 3)]:
+    for n, k, *others in [(1, 3), (3, 27), (5, 33), (4, 2, 3, 3), (7, 3)]:
+        shape = (n, k * scheme.fmt.width, *others)
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         assert scheme.storage_bytes(shape) == rtn(weight, scheme).nbytes
 
@@ -222,13 +223,23 @@ def test_storage_bytes_are_the_bytes_of_the_tensors(scheme):
 @pytest.mark.parametrize(("name", "symmetric"), GRIDS)
 def test_storage_bytes_count_scales_in_their_dtype(name, symmetric, scale_dtype):
     scheme = Scheme(format=name, symmetric=symmetric, scale_dtype=scale_dtype)
-    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
-    assert scheme.storage_bytes((3, 5)) == rtn(weight, scheme).nbytes
+    shape = (3, 5 * scheme.fmt.width)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert scheme.storage_bytes(shape) == rtn(weight, scheme).nbytes
 
 
 def test_storage_bytes_refuse_a_group_size_that_does_not_divide():
     with pytest.raises(GroupSizeError, match=r"K=100 is not a multiple of group_size=32"):
         INT4.storage_bytes((8, 100))
+
+
+def test_storage_bytes_refuse_vectors_that_rows_or_groups_tear():
+    with pytest.raises(GroupSizeError, match="K=100 is not a multiple of 8, .* another format"):
+        Scheme.of("e8p", group_size=-1).storage_bytes((8, 100))
+    with pytest.raises(GroupSizeError, match="group_size=12 is not .* of 8, .*use group_size=16"):
+        Scheme.of("e8p", group_size=12).storage_bytes((8, 96))
+    with pytest.raises(GroupSizeError, match="K=72 is not .* group_size=32; use group_size=24, "):
+        Scheme.of("e8p", group_size=32).storage_bytes((8, 72))
 
 
 # --- Rule and Recipe ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from zeropoint.errors import CheckpointError
+from zeropoint.errors import CheckpointError, GroupSizeError
 from zeropoint.numerics import (
     LEVELS_DTYPE,
     Grid,
@@ -158,7 +158,7 @@ class QTensor:
 
     @property
     def codes(self) -> Tensor:
-        """Unpacked codes, of shape `shape`: int8, uint8 (codebook), float8, or the downcast
+        """Unpacked codes, of shape `shape`: int8, uint8 (codebook, vector), float8, or the downcast
         itself.
         """
         fmt = self.scheme.fmt
@@ -247,9 +247,11 @@ class QTensor:
         """The columns `indices` (1-D, int) of a 2-D weight. Every code keeps its scale.
 
         Where whole groups are not kept, groups get smaller: to the largest size at which each has
-        one scale. Scales in 8 bits become floats. Nothing is rounded again.
+        one scale. Scales in 8 bits become floats. Nothing is rounded again. Codes that have a
+        meaning together stay together. Raises GroupSizeError where they would not.
         """
         scheme = self.scheme.with_float_scales
+        _check_together(indices, scheme.fmt.width)
         if scheme.fmt.kind == "downcast":
             return replace(
                 self,
@@ -337,6 +339,19 @@ def _indented(part: Tensor, width: int) -> str:
     return repr(part).replace("\n", "\n" + " " * width)
 
 
+def _check_together(columns: Tensor, width: int) -> None:
+    """Raises GroupSizeError where columns are not runs of `width` from multiples of it. (K,) int"""
+    columns = columns.long()
+    count = len(columns) // width
+    starts = columns[: count * width : width] // width * width
+    runs = starts.unsqueeze(1) + torch.arange(width, device=columns.device)
+    if not torch.equal(runs.flatten(), columns):
+        raise GroupSizeError(
+            f"these {len(columns)} columns are not runs of {width} from multiples of {width}, and "
+            f"the format's codes stand for {width} values together; take them so, or dequantize"
+        )
+
+
 def _regrouped(groups: Tensor, largest: int) -> tuple[int, Tensor]:
     """The largest size at which consecutive columns come from one group, and that group for each.
 
@@ -361,7 +376,7 @@ def part_specs(
     if fmt.kind == "downcast":
         assert fmt.dtype is not None
         return {"": (tuple(shape), fmt.dtype)}
-    blocks = scale_shape(shape, scheme.granularity, scheme.group_size)
+    blocks = scale_shape(shape, scheme.granularity, scheme.group_size, fmt.width)
     specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "": ((n * row_bytes(k, fmt.bits),), torch.uint8),
         "_scale": (blocks, get_scale_dtype(scheme.scale_dtype)),

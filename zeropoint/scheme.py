@@ -263,7 +263,7 @@ class Scheme:
         codes = n * row_bytes(k, self.fmt.bits)
         if self.fmt.kind == "downcast":
             return codes
-        rows, groups = scale_shape(shape, self.granularity, self.group_size)
+        rows, groups = scale_shape(shape, self.granularity, self.group_size, self.fmt.width)
         count = rows * groups
         if self.double_quant:
             scales = self.coding.stored_bytes(count)

@@ -33,6 +33,7 @@ CALIBRATED = [
     Scheme.of("iq4nl"),
     Scheme.of("mxfp4"),
     Scheme.of("any4", group_size=16),
+    Scheme.of("e8p", group_size=16),
     Scheme.of("float8_e4m3fn"),
     Scheme(format="int4", granularity="tensor", symmetric=False),
 ]

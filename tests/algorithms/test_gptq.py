@@ -172,6 +172,42 @@ def test_one_table_for_a_whole_weight_stays():
     assert gptq(weight, hessian(x), scheme).algorithm == "gptq"
 
 
+# --- codes for eight columns ---
+
+VECTORS = Scheme.of("e8p", group_size=16)
+
+
+def test_the_factor_of_blocks_is_that_of_columns_with_the_blocks_taken_out():
+    """(I + U) = (I + V) B, so tr(E H E^T) is a sum over blocks of |(e_k + sum e_i V_ik) B_k|^2."""
+    _, x = problem()
+    upper = ldl(hessian(x)).upper.double()
+    between = module._between(upper, 8)
+    inside = module._diagonal_blocks(upper, 8) + torch.eye(8)
+    outside = torch.eye(64).double() + between
+    for k in range(0, 64, 8):  # what the blocks on the diagonal hold is not read
+        outside[k : k + 8, k : k + 8] = torch.eye(8)
+    product = outside @ torch.block_diag(*inside)
+    torch.testing.assert_close(product, torch.eye(64) + upper, rtol=0, atol=1e-10)
+    assert module._between(upper, 1) is upper
+
+
+def test_inputs_correlated_within_eight_columns_leave_nothing_to_feed_forward():
+    """BlockLDLQ rounds a block in the plain norm, whatever happens inside it."""
+    weight, x = problem()
+    whole = hessian(x) / len(x)
+    h = torch.block_diag(*(whole[k : k + 8, k : k + 8] for k in range(0, 64, 8)))
+    found = gptq(weight, h, VECTORS, sweeps=0)
+    assert torch.equal(found.weight.codes, search(weight, VECTORS, h.diagonal()).codes)
+    assert found.output_error > gptq(weight, h, VECTORS).output_error, "the sweeps know better"
+
+
+def test_columns_go_in_order_of_their_inputs_eight_together():
+    h = torch.diag(torch.tensor([1.0] * 8 + [9.0] + [0.0] * 7 + [3.0] * 8))
+    order = module._order(h, True, 8)
+    assert order.tolist() == [*range(16, 24), *range(8, 16), *range(8)]
+    assert module._order(h, True, 1)[0] == 8
+
+
 # --- symmetries -----------------------------------------------------------------------------------
 
 

@@ -306,6 +306,7 @@ def frozen(original, weights="int3", **options):
         {"weights": "int3", "symmetric": True},
         {"weights": "nf4"},
         {"weights": "any4", "group_size": 16},
+        {"weights": "e8p", "group_size": 16},
         {"weights": "float8_e5m2"},
         {"weights": "int4", "activations": "int8"},
     ],

@@ -62,10 +62,11 @@ def in_memory(folder, out, **options):
         {"weights": "mxfp4"},
         {"weights": "nvfp4"},
         {"weights": "any4", "group_size": 16},
+        {"weights": "e8p", "group_size": 16},
         {"weights": "int4", "group_size": 32, "algorithm": "mse", "exclude": "*embed*"},
         {"weights": "int2", "group_size": 32, "float_zero_point": True},
     ],
-    ids=["int8", "nf4", "mxfp4", "nvfp4", "any4", "int4 mse", "int2 float zero point"],
+    ids=["int8", "nf4", "mxfp4", "nvfp4", "any4", "e8p", "int4 mse", "int2 float zero point"],
 )
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_it_writes_what_saving_the_loaded_model_writes(tmp_path, name, options):

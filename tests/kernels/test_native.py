@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.helpers import (
     FORMATS,
-    GRIDS,
     INTEGERS,
+    OF_ONE,
     PROPERTY,
     assert_embedding,
     assert_linear,
@@ -33,7 +33,7 @@ from zeropoint.scheme import Scheme
 needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("int4", "int3", "int8", "nf4", "float8_e4m3fn", "float8_e5m2", "bfloat16")
-FORMATS_AND_SIGNS = GRIDS + [("bfloat16", True), ("float16", True)]
+FORMATS_AND_SIGNS = OF_ONE + [("bfloat16", True), ("float16", True)]
 
 
 every_isa = pytest.mark.parametrize("isa", instruction_sets(), indirect=True)
@@ -527,6 +527,14 @@ def test_it_is_the_first_choice_for_every_format(scheme, op, monkeypatch):
     monkeypatch.delenv("ZEROPOINT_KERNEL", raising=False)
     spec = Spec(op=op, scheme=scheme, shape=(8, 96), device="cpu")
     assert select.choose(spec) == select.Choice(kernel="native", refused={})
+
+
+@needs_library
+def test_vectors_are_left_to_torch_with_the_reason(monkeypatch):
+    monkeypatch.delenv("ZEROPOINT_KERNEL", raising=False)
+    spec = Spec(op="linear", scheme=Scheme.of("e8p"), shape=(8, 128), device="cpu")
+    refused = {"native": "e8p has codes for 8 values together"}
+    assert select.choose(spec) == select.Choice(kernel="torch", refused=refused)
 
 
 # --- the checker can fail -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from tests.helpers import (
     assert_embedding,
     assert_linear,
+    by_threes,
     defaults,
     example_weight,
     rtn,
@@ -76,13 +77,14 @@ def test_linear_matches_the_oracle_on_every_layout_of_x(kernel, scheme):
 
 
 @every_kernel
-@pytest.mark.parametrize("scheme", schemes(group_size=3), ids=str)
+@pytest.mark.parametrize("scheme", by_threes(), ids=str)
 def test_linear_matches_the_oracle_on_odd_shapes(kernel, scheme):
-    for shape in [(1, 3), (3, 9), (17, 39), (2, 129)]:
-        skip_if_refused(kernel, "linear", scheme, shape)
-        weight = rtn(example_weight(*shape), scheme)
+    for n, k in [(1, 3), (3, 9), (17, 39), (2, 129)]:
+        k *= scheme.fmt.width
+        skip_if_refused(kernel, "linear", scheme, (n, k))
+        weight = rtn(example_weight(n, k), scheme)
         for m in (1, 5):
-            x = noise(m, shape[1])
+            x = noise(m, k)
             assert_linear(ops.linear(x, weight, None, kernel), x, weight, None, kernel)
 
 

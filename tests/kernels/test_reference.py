@@ -8,6 +8,7 @@ import torch
 from tests.helpers import SUBNORMAL, UNIT_ROUNDOFF, example_weight, rtn, schemes
 from zeropoint.kernels import reference
 from zeropoint.kernels.spec import Spec
+from zeropoint.numerics import e8p
 
 scaled = [s for s in schemes() if s.fmt.kind != "downcast"]
 every_scheme = pytest.mark.parametrize("scheme", schemes(), ids=str)
@@ -29,12 +30,26 @@ def exact_value(weight, row, column):
     if weight.levels is not None:
         own = weight.levels[row if len(weight.levels) > 1 else 0]
         return scale * Fraction(own[code].item())
+    if fmt.kind == "vector":
+        return scale * exact_entry(
+            int.from_bytes(stored, "little") >> (column // 8 * 16), column % 8
+        )
     if fmt.kind == "codebook":
         return scale * Fraction(fmt.levels[code])
     if fmt.kind == "float8":
         return scale * Fraction(torch.tensor(code, dtype=torch.uint8).view(fmt.dtype).item())
     zero_point = 0 if weight.zero_point is None else weight.zero_point[at].item()
     return scale * (code + fmt.q_min - zero_point)
+
+
+def exact_entry(word, i):
+    """Value i of the codeword that the low 16 bits of an integer are."""
+    pattern = [Fraction(2 * whole + 1, 2) for whole in e8p.wholes()[word % 256].tolist()]
+    negative = [word >> (8 + j) & 1 for j in range(7)]
+    values = [-p if sign else p for p, sign in zip(pattern, [*negative, 0], strict=True)]
+    if sum(values) % 2:
+        values[7] = -values[7]
+    return values[i] + (Fraction(1, 4) if word >> 15 & 1 else Fraction(-1, 4))
 
 
 @pytest.mark.parametrize("scheme", scaled, ids=str)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import zeropoint as zp
@@ -356,6 +357,24 @@ def test_learned_scales_are_refused():
     zp.quantize(model, recipe=Recipe(rules=(Rule(match="*", scheme=scheme),)))
     with pytest.raises(StateError, match="scales are learned; prune before zp.quantize, or after"):
         zp.prune_heads(model, {0: [1]})
+
+
+def test_heads_that_share_a_code_are_refused():
+    config = transformers.BertConfig(
+        hidden_size=48, num_attention_heads=4, num_hidden_layers=1, intermediate_size=64
+    )
+    model = transformers.BertModel(config)
+    zp.quantize(model, "e8p", group_size=16)
+    with pytest.raises(StateError, match="codes stand for 8 values together, and heads have 12"):
+        zp.prune_heads(model, {0: [1]})
+
+
+def test_heads_of_whole_codes_go():
+    model = in_state("llama", "frozen", "e8p", group_size=16)
+    kept = copy.deepcopy(model)
+    zp.prune_heads(model, HEADS["llama"])
+    with silenced(kept, HEADS["llama"]):
+        torch.testing.assert_close(outputs(model), outputs(kept), rtol=1e-4, atol=1e-5)
 
 
 def test_norms_of_single_heads_are_left_alone():

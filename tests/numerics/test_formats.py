@@ -20,6 +20,7 @@ def test_a_row_is_found_by_its_name_and_has_what_its_kind_needs(fmt):
     if fmt.dtype is not None:
         assert fmt.bits == 8 * fmt.dtype.itemsize
         assert fmt.real_max == torch.finfo(fmt.dtype).max
+    assert (fmt.width > 1) == (fmt.largest is not None) == (fmt.kind == "vector")
     if fmt.kind != "integer":
         assert fmt.symmetric, "only integers have a zero point"
     if fmt.kind == "downcast":
@@ -27,7 +28,8 @@ def test_a_row_is_found_by_its_name_and_has_what_its_kind_needs(fmt):
 
 
 def test_the_table_has_every_kind_and_the_integers_of_2_to_8_bits():
-    assert {f.kind for f in FORMATS.values()} == {"integer", "codebook", "float8", "downcast"}
+    kinds = {"integer", "codebook", "vector", "float8", "downcast"}
+    assert {f.kind for f in FORMATS.values()} == kinds
     assert [f.bits for f in INTEGERS] == [2, 3, 4, 5, 6, 7, 8]
     assert [f.name for f in DOWNCASTS] == ["bfloat16", "float16"]
     assert len(SCALED) + len(DOWNCASTS) == len(FORMATS)

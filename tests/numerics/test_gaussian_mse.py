@@ -61,7 +61,7 @@ def integrated_mse(fmt, block: int) -> float:
     return float((given_largest * density).sum() / density.sum())
 
 
-SYMMETRIC = [f for f in SCALED if f.reach[0] == f.reach[1] and not f.learns_levels]
+SYMMETRIC = [f for f in SCALED if f.reach[0] == f.reach[1] and not f.learns_levels and f.width == 1]
 
 
 @pytest.mark.parametrize("fmt", SYMMETRIC, ids=lambda f: f.name)
@@ -107,10 +107,12 @@ def test_error_falls_with_bits(symmetric):
 
 
 @pytest.mark.parametrize(
-    ("name", "symmetric"), [g for g in GRIDS if get_format(g[0]).kind != "float8"]
+    ("name", "symmetric"), [g for g in GRIDS if get_format(g[0]).kind not in ("float8", "vector")]
 )
 def test_error_falls_with_smaller_groups(name, symmetric):
-    """Not float8, whose step is a share of the value itself."""
+    """Not float8, whose step is a share of the value itself, nor vectors, whose scale does not
+    follow the largest of them.
+    """
     errors = [mse(name, symmetric, size, rows=64) for size in (None, 512, 128, 64, 32, 16)]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1.5 * errors[-1]

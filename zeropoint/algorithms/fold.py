@@ -33,7 +33,7 @@ def helps(fmt: Format) -> bool:
     """Whether a format's error depends on the size of its neighbours in the group at all: that of
     a downcast or a float8 is relative to each value.
     """
-    return fmt.kind in ("integer", "codebook")
+    return fmt.kind in ("integer", "codebook", "vector")
 
 
 def propagated(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float) -> Tensor:

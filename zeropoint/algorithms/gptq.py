@@ -104,7 +104,7 @@ def gptq(
     problem = _problem(hessian)
     if problem is not None:
         return Choice(weight=search(weight, scheme), algorithm="mse", reason=problem)
-    permutation = _order(hessian, order)
+    permutation = _order(hessian, order, scheme.fmt.width)
     factors = ldl(hessian.detach(), order=permutation)
     h = hessian.detach().float()
     h = (h + h.T).div_(2)
@@ -200,10 +200,13 @@ def _least(found: Choice, rounded: Choice) -> Choice:
     )
 
 
-def _order(h: Tensor, by_diagonal: bool) -> Tensor:
-    if by_diagonal:
-        return torch.argsort(h.diagonal(), descending=True, stable=True)
-    return torch.arange(len(h), device=h.device)
+def _order(h: Tensor, by_diagonal: bool, width: int) -> Tensor:
+    """Of the columns, `width` of them staying together. (K,) int."""
+    columns = torch.arange(len(h), device=h.device)
+    if not by_diagonal:
+        return columns
+    sums = h.diagonal().reshape(-1, width).sum(1)
+    return columns.view(-1, width)[sums.argsort(descending=True, stable=True)].flatten()
 
 
 def _permuted(h: Tensor, permutation: Tensor) -> Tensor:
@@ -242,7 +245,9 @@ class _Columns(NamedTuple):
         return cls(scale, low, high, zero if fraction else None, None, fmt)
 
     def round(self, k: int, target: Tensor) -> Tensor:
-        """The values nearest to target on the grid of column k. target: (N,) float32, reused."""
+        """The values nearest to target on the grid of the columns from k. target: (width, N)
+        float32, reused. Returns (width, N).
+        """
         scale = self.scale[k]
         if self.low is not None and self.high is not None:
             levels = target.div_(scale)
@@ -252,28 +257,55 @@ class _Columns(NamedTuple):
                 levels.add_(self.zero[k]).round_().sub_(self.zero[k])
             return torch.clamp(levels, self.low[k], self.high[k]).mul_(scale)
         grid = Grid(scale.unsqueeze(-1), None, self.rows)
-        codes = grid_codes(target.view(-1, 1, 1), grid, self.fmt)
-        return grid_values(codes, grid, self.fmt).view(-1)
+        codes = grid_codes(target.T.unsqueeze(1), grid, self.fmt)
+        return grid_values(codes, grid, self.fmt).squeeze(1).T
 
 
 def feedback(
     weight: Tensor, grid: Grid, scheme: Scheme, factors: Pivots, permutation: Tensor
 ) -> Tensor:
-    """Round column by column, each with the errors of those before it. Returns codes (N, K)."""
+    """Round column by column, each with the errors of those before it. Returns codes (N, K).
+
+    `width` columns at a time where codes have a meaning together: BlockLDLQ of QuIP#
+    (arXiv:2402.04396), nearest in the plain norm.
+    """
+    width = scheme.fmt.width
     columns = _Columns.of(grid, weight.shape, permutation, scheme.fmt)
     w = weight.detach().float().T[permutation].contiguous()  # (K, N): a column is a row here
-    upper = factors.upper
+    upper = _between(factors.upper, width)
     error = torch.zeros_like(w)
     for a in range(0, len(w), BLOCK):
         b = min(a + BLOCK, len(w))
         target = torch.addmm(w[a:b], upper[:a, a:b].T, error[:a])
         within = upper[a:b, a:b].T.contiguous()
-        for k in range(a, b):
-            t = target[k - a]
+        for k in range(a, b, width):
+            now, at = slice(k, k + width), slice(k - a, k - a + width)
+            t = target[at]
             if k > a:
-                t = torch.addmv(t, error[a:k].T, within[k - a, : k - a])
-            torch.sub(w[k], columns.round(k, t), out=error[k])
+                t = torch.addmm(t, within[at, : k - a], error[a:k])
+            torch.sub(w[now], columns.round(k, t), out=error[now])
     return _codes_of(w - error, grid, scheme, permutation)
+
+
+def _between(upper: Tensor, width: int) -> Tensor:
+    """The factor of blocks: (I + U) = (I + V) B with B block diagonal, V strictly upper by blocks.
+
+    upper: U, (K, K). Returns V, whose blocks on the diagonal say nothing.
+    """
+    if width == 1:
+        return upper
+    columns = upper.view(len(upper), -1, width).transpose(0, 1)
+    solved: Tensor = torch.linalg.solve_triangular(
+        _diagonal_blocks(upper, width), columns, upper=True, left=False, unitriangular=True
+    )
+    return solved.transpose(0, 1).reshape(upper.shape)
+
+
+def _diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
+    """(K / width, width, width) of (K, K)."""
+    count = len(matrix) // width
+    at = torch.arange(count, device=matrix.device)
+    return matrix.view(count, width, count, width)[at, :, at]
 
 
 def descend(
@@ -281,26 +313,50 @@ def descend(
 ) -> Tensor:
     """Round every column again with the others fixed: target_k = w_k + sum_{i!=k} e_i H_ik / H_kk.
 
-    The rounded target is the best code there is for column k, so no step raises the loss.
+    The rounded target is the best code there is for column k, so no step raises the loss. Of
+    `width` columns together it is the nearest in the plain norm, kept where it loses less.
     codes: (N, K); returns (N, K).
     """
+    width = scheme.fmt.width
     columns = _Columns.of(grid, weight.shape, permutation, scheme.fmt)
-    off = _permuted(h.float(), permutation)
-    off.div_(off.diagonal().clone().unsqueeze(1)).fill_diagonal_(0.0)  # row k: H_ki / H_kk
+    off, metric = _coupling(_permuted(h.float(), permutation), width)
     w = weight.detach().float().T[permutation].contiguous()
     error = w - _values(codes, grid, scheme).T[permutation]
     for a in range(0, len(w), BLOCK):
         b = min(a + BLOCK, len(w))
         target = torch.addmm(w[a:b], off[a:b], error)
         moved = torch.empty_like(error[a:b])  # since the product
-        for k in range(a, b):
-            t = target[k - a]
+        for k in range(a, b, width):
+            now, at = slice(k, k + width), slice(k - a, k - a + width)
+            t = target[at]
             if k > a:
-                t = torch.addmv(t, moved[: k - a].T, off[k, a:k])
-            now = w[k] - columns.round(k, t)
-            torch.sub(now, error[k], out=moved[k - a])
-            error[k] = now
+                t = torch.addmm(t, off[now, a:k], moved[: k - a])
+            new = w[now] - columns.round(k, t.clone())
+            if width > 1:
+                least = w[now] - t  # the error that loses nothing
+                lost, before = (_norm(e - least, metric[k // width]) for e in (new, error[now]))
+                new = torch.where(lost < before, new, error[now])
+            torch.sub(new, error[now], out=moved[at])
+            error[now] = new
     return _codes_of(w - error, grid, scheme, permutation)
+
+
+def _coupling(h: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """H_kk^-1 H_ki, (K, K), 0 where i = k; and H_kk, (K / width, width, width). h: reused."""
+    metric = _diagonal_blocks(h, width)
+    if width == 1:
+        off = h.div_(metric.view(-1, 1))
+    else:
+        solved = torch.linalg.solve(metric, h.view(len(metric), width, -1))
+        off = solved.contiguous().view(h.shape)
+    at = torch.arange(len(metric), device=h.device)
+    off.view(len(at), width, len(at), width)[at, :, at] = 0.0
+    return off, metric
+
+
+def _norm(x: Tensor, metric: Tensor) -> Tensor:
+    """x^T metric x of every column. x: (width, N); metric: (width, width). Returns (N,)."""
+    return (x * (metric @ x)).sum(0)
 
 
 def _codes_of(image: Tensor, grid: Grid, scheme: Scheme, permutation: Tensor) -> Tensor:

@@ -167,6 +167,8 @@ def _shares(fmt: Format, dtype: torch.dtype) -> list[float]:
         return [0.5, 2.0]  # the neighbours of a power of two; the specified one may cut values off
     if fmt.ties == "even":  # the last step of a small float is wide: a block's end may lie below it
         return [0.7 + 0.1 * step for step in range(10)]
+    if fmt.kind == "vector":  # of what is best for a Gaussian whose values count alike
+        return [0.7, 0.85, 1.0, 1.2, 1.4]
     smallest, steps = SHARES[fmt.bits]
     return [1.0 - (1.0 - smallest) * step / (steps - 1) for step in range(steps)]
 

@@ -21,7 +21,9 @@ GROUP_STEP = 32  # columns that one vector of partial sums covers at least
 
 
 def why_not(spec: Spec) -> str | None:
-    """CPU only; groups of a multiple of 32."""
+    """CPU only; a code for every value; groups of a multiple of 32."""
+    if spec.scheme.fmt.width > 1:
+        return f"{spec.scheme.format} has codes for {spec.scheme.fmt.width} values together"
     if spec.device != "cpu":
         return f"it runs on the CPU, the weight is on {spec.device}"
     size = spec.scheme.group_size

@@ -2,7 +2,7 @@
 float64, written from the formulas, sharing no code with the rest.
 
 bit j of code i of a row = bit (i * bits + j) of the row's bytes
-real = scale * (code - zero_point), or scale * levels[code], or scale * code
+real = scale * (code - zero_point), or scale * levels[code], or scale * code, or that of `_vectors`
 y = x @ real.T + bias, x rounded to int8 by token first when the scheme says so
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zeropoint.kernels.spec import Spec
-from zeropoint.numerics import double_quant
+from zeropoint.numerics import double_quant, e8p
 from zeropoint.qtensor import QTensor
 
 
@@ -38,7 +38,9 @@ def weight_values(weight: QTensor) -> Tensor:
         for j in range(fmt.bits):
             bit = first_bit + j
             unsigned += ((stored[:, bit // 8] >> (bit % 8)) & 1) << j
-        if weight.levels is not None:
+        if fmt.kind == "vector":
+            codes = _vectors(unsigned)
+        elif weight.levels is not None:
             codes = weight.levels.double().expand(n, -1).gather(1, unsigned)
         elif fmt.levels is not None:
             codes = torch.tensor(fmt.levels, dtype=torch.float64, device=stored.device)[unsigned]
@@ -47,6 +49,19 @@ def weight_values(weight: QTensor) -> Tensor:
     if weight.zero_point is not None:
         codes = codes - _per_value(weight.zero_point, n, k)
     return _per_value(_scales(weight), n, k) * codes
+
+
+def _vectors(codes: Tensor) -> Tensor:
+    """Eight codes of two bits are a word, low bits first: its low byte says the pattern, the next 7
+    bits which of the first seven values are negative, the last whether 1/4 is added or taken off.
+    The eighth is negative where that makes their sum even. codes: (n, K) int64.
+    """
+    words = (codes.view(len(codes), -1, 8) << torch.arange(0, 16, 2, device=codes.device)).sum(-1)
+    values = e8p.wholes().to(words.device)[words & 0xFF].double() + 0.5
+    for i in range(7):
+        values[..., i] *= 1 - 2 * ((words >> (8 + i)) & 1)
+    values[..., 7] *= 1 - 2 * (values.sum(-1) % 2)
+    return (values + (words >> 15).unsqueeze(-1) / 2 - 0.25).view(codes.shape)
 
 
 def _scales(weight: QTensor) -> Tensor:

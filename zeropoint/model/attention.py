@@ -211,6 +211,9 @@ def _peculiarity(
         return f"it holds {own}, which may belong to heads"
     if any(isinstance(p, QModule) and p.grid is not None for p in projections):
         return "its scales are learned; prune before zp.quantize, or after zp.freeze(model)"
+    widths = (p.scheme.fmt.width for p in projections if isinstance(p, QModule))
+    if parted := next((width for width in widths if head_dim % width), None):
+        return f"codes stand for {parted} values together, and heads have {head_dim}"
     read: Any = inspect.unwrap(type(module).forward)
     names = set(read.__code__.co_names)
     for name in sorted(names & {*_MODEL_WIDTHS}):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from zeropoint.errors import NonFiniteError, RecipeError, ScaleRangeError, UnknownNameError, nearest
-from zeropoint.numerics import affine, kmeans, microscaling, tensor_scale
+from zeropoint.numerics import affine, e8p, kmeans, microscaling, tensor_scale
 from zeropoint.numerics.formats import (
     FORMATS,
     LEVELS_DTYPE,
@@ -70,7 +70,7 @@ __all__ = [
 class Quantized(NamedTuple):
     """Codes with what is needed to read them.
 
-    codes: the shape of the values; int8 (integer formats), uint8 (codebooks), float8 or
+    codes: the shape of the values; int8 (integer formats), uint8 (codebooks, vectors), float8 or
     float16/bfloat16.
     scale: (R, G) of the scale dtype, or None for a downcast. zero_point: (R, G) int8 or
     float16, or None where it is 0. levels: (R, 2^bits) float16, ascending, where the format learns
@@ -140,8 +140,8 @@ def quantize(
     default "group" when there is a group_size (values along K that share a scale), else "channel".
     symmetric: zero_point is 0; False is for integer formats only. float_zero_point: it is float16,
     and 0 need not be on the grid; with symmetric=False. The grid spans each block's minimum and
-    maximum; of a scale_dtype of 8 bits see `microscaling` and `tensor_scale`. Levels that the
-    format learns are those of least squared error for these scales.
+    maximum; of vectors see `e8p`, of a scale_dtype of 8 bits `microscaling` and `tensor_scale`.
+    Levels that the format learns are those of least squared error for these scales.
     Raises NonFiniteError, GroupSizeError, ScaleRangeError, UnknownNameError, RecipeError.
     """
     fmt = get_format(format)
@@ -161,7 +161,7 @@ def quantize(
     check_finite(values)
     if fmt.kind == "downcast":
         return Quantized(_downcast(values, fmt), None, None)
-    blocks = blocked(values, granularity, group_size)
+    blocks = blocked(values, granularity, group_size, fmt.width)
     if values.numel() == 0:
         raise RecipeError(
             f"values of shape {tuple(values.shape)} are empty; there is nothing to quantize"
@@ -169,6 +169,8 @@ def quantize(
     zero_point = None
     if dtype in _SPECIFIED:
         scale = _SPECIFIED[dtype](blocks, fmt.real_max)
+    elif fmt.kind == "vector":
+        scale = e8p.vector_scale(blocks, dtype)
     elif symmetric:
         # The scale of zeros in a codebook is next to nothing: 1.0 among the scales that
         # `double_quant` compresses together would cost all others their precision.

@@ -4,6 +4,7 @@ Integer and codebook formats store a code per value and a scale per block of val
 
     integer:   real = scale * (code - zero_point)
     codebook:  real = scale * levels[code]      (levels of the format, or of the row of the weight)
+    vector:    real = scale * codewords[codes]  (of 8 codes together, 8 values: `e8p`)
     float8:    real = scale * code            (the code is itself a small float)
     downcast:  real = code                    (no scale: bfloat16, float16)
 """
@@ -18,18 +19,19 @@ import torch
 
 from zeropoint.errors import UnknownNameError, nearest
 
-Kind = Literal["integer", "codebook", "float8", "downcast"]
+Kind = Literal["integer", "codebook", "vector", "float8", "downcast"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
     """One number format.
 
-    bits: storage bits of a code. kind: which of the four equations above applies.
+    bits: storage bits of a code. kind: which of the equations above applies.
     levels: real values of the codes of a codebook, in code order; None where they are learned for
     each row of a weight. ties: the code of a value halfway between two levels: of the lower one, or
     the even one, as small floats with the sign in their highest bit round.
-    dtype: the torch dtype of a float8 or downcast code.
+    width: how many codes side by side have a meaning together, and largest: the largest value among
+    their meanings, of a vector format. dtype: the torch dtype of a float8 or downcast code.
     group_size: values that share a scale unless the user says otherwise; None means one scale per
     channel.
     scale_dtype: of the scales of groups, unless the user says otherwise; None means float16, and
@@ -44,6 +46,8 @@ class Format:
     kind: Kind
     levels: tuple[float, ...] | None = None
     ties: Literal["lower", "even"] = "lower"
+    width: int = 1
+    largest: float | None = None
     dtype: torch.dtype | None = None
     group_size: int | None = None
     scale_dtype: str | None = None
@@ -84,6 +88,8 @@ class Format:
         """
         if self.learns_levels:
             return 1.0, 1.0
+        if self.largest is not None:
+            return self.largest, self.largest
         if self.levels is not None:
             levels = torch.tensor(self.levels, dtype=torch.float32)
             return -levels.min().item(), levels.max().item()
@@ -172,6 +178,15 @@ _ROWS = (
         scale_dtype="float8_e4m3fn",
         double_quant=True,
     ),
+    Format(
+        name="e8p",
+        bits=2,
+        kind="vector",
+        width=8,
+        largest=2.75,  # of numerics.e8p: 5/2 + 1/4
+        group_size=64,
+        scale_dtype="float16",
+    ),
     Format(name="any4", bits=4, kind="codebook", group_size=64, scale_dtype="float16"),
     _mx("mxfp8_e4m3", torch.float8_e4m3fn),
     _mx("mxfp8_e5m2", torch.float8_e5m2),
@@ -216,6 +231,9 @@ ELSEWHERE = {
     # SqueezeLLM, Core ML: a table of levels that is learned
     "squeezellm": "any4",
     "palettization": "any4",
+    # QuIP#
+    "e8p12": "e8p",
+    "quip#": "e8p",
     # torchao, microxcaling, compressed-tensors
     "mxfp8": "mxfp8_e4m3",
     "mxfp8_e4m3fn": "mxfp8_e4m3",

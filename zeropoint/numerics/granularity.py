@@ -32,10 +32,18 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def scale_shape(
-    shape: Sequence[int], granularity: Granularity, group_size: int | None
+    shape: Sequence[int], granularity: Granularity, group_size: int | None, width: int = 1
 ) -> tuple[int, int]:
-    """(R, G): the shape of the scales of a tensor of this shape. Raises GroupSizeError."""
+    """(R, G): the shape of the scales of a tensor of this shape. Raises GroupSizeError.
+
+    width: of the format, values that rows and groups must hold a multiple of.
+    """
     n, k = rows_and_columns(shape)
+    if k % width:
+        raise GroupSizeError(
+            f"K={k} is not a multiple of {width}, and the format's codes stand for {width} values "
+            "together; use another format or exclude this module"
+        )
     if granularity == "tensor":
         return 1, 1
     if granularity == "channel":
@@ -44,8 +52,14 @@ def scale_shape(
         raise GroupSizeError(
             f"group_size={group_size!r} is not a positive number; per group needs one"
         )
+    if group_size % width:
+        raise GroupSizeError(
+            f"group_size={group_size} is not a multiple of {width}, and the format's codes stand "
+            f"for {width} values together; use group_size={-(-group_size // width) * width}"
+        )
     if k % group_size:
-        divisor = next((d for d in range(min(group_size, k), 1, -1) if k % d == 0), None)
+        sizes = range(min(group_size, k) // width * width, 1, -width)
+        divisor = next((d for d in sizes if k % d == 0), None)
         smaller = f"group_size={divisor}, " if divisor else ""
         raise GroupSizeError(
             f"K={k} is not a multiple of group_size={group_size}; use {smaller}group_size=-1 (per "
@@ -55,9 +69,11 @@ def scale_shape(
     return n, k // group_size
 
 
-def blocked(values: Tensor, granularity: Granularity, group_size: int | None) -> Tensor:
+def blocked(
+    values: Tensor, granularity: Granularity, group_size: int | None, width: int = 1
+) -> Tensor:
     """View or copy of `values` as (R, G, B) blocks that share a scale. Raises GroupSizeError."""
     if granularity not in GRANULARITIES:
         raise RecipeError(f"granularity={granularity!r} is not one of {', '.join(GRANULARITIES)}")
-    rows, groups = scale_shape(values.shape, granularity, group_size)
+    rows, groups = scale_shape(values.shape, granularity, group_size, width)
     return values.reshape(rows, groups, values.numel() // max(1, rows * groups))

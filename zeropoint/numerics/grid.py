@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zeropoint.numerics import affine, codebook
+from zeropoint.numerics import affine, codebook, e8p
 from zeropoint.numerics.formats import Format
 
 
@@ -53,12 +53,15 @@ class Grid(NamedTuple):
 def grid_codes(blocks: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """The code of the grid point nearest to each value. codes = clamp(round(real / scale) + z).
 
-    blocks: (R, G, B) float. Returns (R, G, B) int8 (integer formats), uint8 (codebooks) or float8.
+    blocks: (R, G, B) float. Returns (R, G, B) int8 (integer formats), uint8 (codebooks, vectors) or
+    float8.
     """
     if fmt.kind == "integer":
         return affine.affine_codes(blocks, grid.scale, grid.zero_point, fmt)
     if fmt.kind == "codebook":
         return codebook.codebook_codes(blocks, grid.scale, fmt, grid.levels)
+    if fmt.kind == "vector":
+        return e8p.vector_codes(blocks, grid.scale)
     assert fmt.dtype is not None
     normalised = blocks.float() / grid.scale.unsqueeze(-1).float()
     normalised.nan_to_num_(nan=0.0)  # 0 / 0: of zeros, where subnormal scales are flushed to 0
@@ -73,4 +76,6 @@ def grid_values(codes: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """
     if fmt.kind == "codebook":
         return codebook.codebook_values(codes, grid.scale, fmt, grid.levels)
+    if fmt.kind == "vector":
+        return e8p.vector_values(codes, grid.scale)
     return affine.affine_values(codes, grid.scale, grid.zero_point)

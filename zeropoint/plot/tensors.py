@@ -170,8 +170,8 @@ def number_line(values: Tensor, weight: QTensor, *, ax: Axes | None = None) -> F
 
     values: float, of the shape of `weight`, which they were quantized to. The numbers under a line
     are codes. ax: where to draw, a new figure otherwise.
-    Raises PlotError (shapes differ, more than 8 blocks or 64 values in one, a downcast, which has
-    no grid, matplotlib is missing), NonFiniteError.
+    Raises PlotError (shapes differ, more than 8 blocks or 64 values in one, a downcast or vectors,
+    which have no grid, matplotlib is missing), NonFiniteError.
     """
     if values.shape != weight.shape:
         raise PlotError(
@@ -179,8 +179,8 @@ def number_line(values: Tensor, weight: QTensor, *, ax: Axes | None = None) -> F
             f"{tuple(weight.shape)}; pass the weight that was quantized"
         )
     fmt = weight.scheme.fmt
-    if weight.scales is None:
-        raise PlotError(f"{fmt.name} has no scale and no grid to draw; use plot.tensor")
+    _check_grid(fmt, "use plot.tensor")
+    assert weight.scales is not None
     rows, groups = weight.scales.shape
     blocks = numbers(values).reshape(rows * groups, -1)
     if len(blocks) > MAX_LINES or blocks.shape[1] > MAX_ON_LINE:
@@ -229,6 +229,15 @@ def number_line(values: Tensor, weight: QTensor, *, ax: Axes | None = None) -> F
     return figure_of(ax)
 
 
+def _check_grid(fmt: Format, remedy: str) -> None:
+    if fmt.kind == "downcast":
+        raise PlotError(f"{fmt.name} has no scale and no grid to draw; {remedy}")
+    if fmt.width > 1:
+        raise PlotError(
+            f"{fmt.name} has points of {fmt.width} values and no grid of one to draw; {remedy}"
+        )
+
+
 def _all_codes(fmt: Format) -> Tensor:
     """Every finite code of a format with scales, 1-D, in the dtype that `QTensor.codes` has."""
     if fmt.kind == "integer":
@@ -256,13 +265,12 @@ def histogram(weight: Tensor, scheme: Scheme | str, *, ax: Axes | None = None) -
     grid of its own, so values are drawn in units of it: value / scale, + zero point where there is
     one. Vertical lines are the grid points, of all rows where each learns its own. ax: where to
     draw, a new figure otherwise.
-    Raises PlotError (a downcast, which has no grid, matplotlib is missing), and what
+    Raises PlotError (a downcast or vectors, which have no grid, matplotlib is missing), and what
     `zp.numerics.quantize` raises.
     """
     scheme = Scheme.of(scheme) if isinstance(scheme, str) else scheme
     fmt = scheme.fmt
-    if fmt.kind == "downcast":
-        raise PlotError(f"{fmt.name} has no scale and no grid to draw; use an integer format")
+    _check_grid(fmt, "use an integer format")
     weight = numbers(weight).float()
     quantized = rtn(weight, scheme)
     assert quantized.scales is not None
