@@ -97,7 +97,7 @@ RUNGS = {
     "medium": Rung("gptq", "medium"),
     "high": Rung("gptq", "high"),
     "medium, no balance": Rung("gptq", "medium", {"fold": False}),
-    "medium, qep": Rung("gptq", "medium", {"propagate": 0.5}),
+    "medium, no propagation": Rung("gptq", "medium", {"propagate": 0.0}),
     "medium, own text": Rung("gptq", "medium", own=True),
     "high, own text": Rung("gptq", "high", own=True),
     "auto, low": Rung("auto", "low"),

@@ -148,12 +148,12 @@ def test_sweeps_do_not_raise_the_damped_loss(scheme):
 
 def test_levels_are_refitted_to_their_codes_and_stay_in_order():
     weight, x = problem(n=48)
-    h = hessian(x) / len(x)
+    h = hessian(x).float() / len(x)
     scheme = Scheme.of("any4", group_size=16)
     grid = search_grid(weight, scheme, start=rtn(weight, scheme))  # not for these inputs
     codes = module._codes(weight, grid, scheme)
     before = module._values(codes, grid, scheme)
-    codes, grid = module._refit_levels(weight, codes, grid, scheme, h)
+    codes, grid = module._refit_levels(weight @ h, codes, grid, scheme, h)
     after = module._values(codes, grid, scheme)
     assert grid.levels.dtype == torch.float16 and (grid.levels.diff(dim=1) >= 0).all()
     for row in range(48):  # of each row
@@ -167,7 +167,8 @@ def test_one_table_for_a_whole_weight_stays():
     scheme = Scheme(format="any4", granularity="tensor")
     grid = rtn(weight, scheme).grid
     codes = module._codes(weight, grid, scheme)
-    same, kept = module._refit_levels(weight, codes, grid, scheme, hessian(x))
+    h = hessian(x).float()
+    same, kept = module._refit_levels(weight @ h, codes, grid, scheme, h)
     assert same is codes and kept is grid
     assert gptq(weight, hessian(x), scheme).algorithm == "gptq"
 

@@ -137,7 +137,7 @@ def test_balancing_leaves_the_function_of_the_model(monkeypatch):
 
 
 def test_propagation_takes_the_drift_of_inputs_into_account():
-    plain, _, _ = error("llama", "gptq", "int3")
+    plain, _, _ = error("llama", "gptq", "int3", calibration=Calibration(propagate=0.0))
     found, _, _ = error("llama", "gptq", "int3", calibration=Calibration(propagate=0.5))
     assert found != plain and found < 1.1 * plain
 
@@ -355,7 +355,7 @@ def test_tuning_keeps_the_codes_and_comes_nearer_to_the_float_model():
     for steps in (0, 60):
         model = copy.deepcopy(original)
         zp.quantize(model, "int3")
-        options = Calibration(tune_steps=steps)
+        options = Calibration(tune_steps=steps, propagate=0.0)
         report = zp.freeze(model, "gptq", data=data, calibration=options)
         models[steps] = model
     plain, tuned = models[0].state_dict(), models[60].state_dict()
@@ -432,7 +432,7 @@ def test_propagation_does_not_see_the_batches_that_are_kept_back(monkeypatch):
         update(self, original, quantized)
 
     monkeypatch.setattr(flow.CrossObserver, "update", counted)
-    data = [example_inputs(build("llama-tied"))] * 8
+    data = [example_inputs(build("llama-tied"))] * 7  # of which drift is measured on four
     calls = {}
     for algorithm in ("gptq", "auto"):
         model = build("llama-tied")
@@ -441,4 +441,4 @@ def test_propagation_does_not_see_the_batches_that_are_kept_back(monkeypatch):
         options = Calibration(propagate=0.5)
         zp.freeze(model, algorithm, data=data, calibration=options)
         calls[algorithm] = len(seen)
-    assert calls["auto"] == calls["gptq"] * 7 / 8
+    assert calls["auto"] == calls["gptq"] * 3 / 4

@@ -123,14 +123,18 @@ def test_the_memory_is_what_calibrating_takes(tmp_path):
 def test_the_memory_of_calibrating_grows_with_the_text_and_the_model(tmp_path, monkeypatch):
     # What the process itself has changes between two plans, when memory is given back.
     monkeypatch.setattr(module, "resident_bytes", lambda: 0)
-    peaks = {
-        (layers, effort): zp.plan(folder, "int4", algorithm="gptq", effort=effort).peak_rss_bytes
-        for layers, folder in ((2, deep(tmp_path / "2", 2)), (8, deep(tmp_path / "8", 8)))
-        for effort in ("low", "medium")
-    }
-    more = peaks[2, "medium"] - peaks[2, "low"]
+    two, eight = deep(tmp_path / "2", 2), deep(tmp_path / "8", 8)
+
+    def peak(folder, tokens=4096, propagate=0.0):
+        how = zp.Calibration(tokens=tokens, propagate=propagate)
+        return zp.plan(folder, "int4", algorithm="gptq", calibration=how).peak_rss_bytes
+
+    more = peak(two, tokens=32768) - peak(two)
     assert more == pytest.approx(2 * (32768 - 4096) * 256 * 4, rel=0.2), "one block is in memory"
-    assert peaks[8, "low"] == pytest.approx(peaks[2, "low"], rel=0.1)
+    assert peak(eight) == pytest.approx(peak(two), rel=0.1)
+    block = 4 * (4 * 256 * 256 + 3 * 256 * 768 + 2 * 256)
+    originals = peak(two, propagate=0.5) - peak(two)
+    assert originals == pytest.approx(block + 4096 * 256 * 4 / 2, rel=0.2)
 
 
 def test_nothing_is_read_but_headers(folder, monkeypatch):

@@ -46,36 +46,41 @@ class Choice:
     damping: float | None = None
 
 
-def error_limit(weight: QTensor, original: Tensor, hessian: Tensor, pivots: Tensor) -> float:
+def energy(rows: Tensor, hessian: Tensor) -> float:
+    """tr(R H R^T). rows: (N, K) float; hessian: (K, K) float, symmetric."""
+    r = rows.float()
+    return float(((r @ hessian.float()) * r).sum(dtype=torch.float64))
+
+
+def error_limit(weight: QTensor, original: Tensor, pivots: Tensor, whole: float) -> float:
     """The least relative output error that as many bits allow: 2^(-2R) GM(D) sum var / tr(W H W^T).
 
     The rate-distortion function of Gaussian weights with a variance for each block, at the R bits
     that a weight takes with its scales, in the norm of H at a high rate: GM(D) = det(H)^(1/K) is
-    the geometric mean of the pivots. original: (N, K) float; hessian: (K, K); pivots: (K,) > 0.
+    the geometric mean of the pivots. original: (N, K) float, of energy `whole`; pivots: (K,) > 0.
     """
     scheme = weight.scheme
     bits = 8 * weight.nbytes / original.numel()
     blocks = blocked(original.double(), scheme.granularity, scheme.group_size)
     variance = blocks.var(-1, unbiased=False).sum() * blocks.shape[-1]
-    w = original.float()
-    total = ((w @ hessian.float()) * w).sum(dtype=torch.float64)
-    return float(2.0 ** (-2 * bits) * pivots.log().mean().exp() * variance / total)
+    return float(2.0 ** (-2 * bits) * pivots.log().mean().exp() * variance / whole)
 
 
-def output_error(weight: Tensor, image: Tensor, hessian: Tensor) -> float:
+def output_error(
+    weight: Tensor, image: Tensor, hessian: Tensor, whole: float | None = None
+) -> float:
     """tr(E H E^T) / tr(W H W^T) with E = weight - image: the relative squared error of the output.
 
-    weight, image: (N, K) float; hessian: (K, K) float, sum or mean of x x^T. 0 where W X = 0.
+    weight, image: (N, K) float; hessian: (K, K) float, sum or mean of x x^T. whole: the weight's
+    energy, where it is known. 0 where W X = 0.
     """
-    h = hessian.to(torch.float32)
-    w = weight.to(torch.float32)
-    error = w - image.to(torch.float32)
-    lost = ((error @ h) * error).sum(dtype=torch.float64)
-    total = ((w @ h) * w).sum(dtype=torch.float64)
-    return float(lost / total) if total > 0 else 0.0
+    if whole is None:
+        whole = energy(weight, hessian)
+    lost = energy(weight.float() - image.float(), hessian)
+    return lost / whole if whole > 0 else 0.0
 
 
-def measured(choice: Choice, weight: Tensor, hessian: Tensor) -> Choice:
-    """The choice with its output error filled in."""
+def measured(choice: Choice, weight: Tensor, hessian: Tensor, whole: float | None = None) -> Choice:
+    """The choice with its output error filled in. Arguments as `output_error` takes them."""
     image = choice.weight.dequantize(torch.float32)
-    return replace(choice, output_error=output_error(weight, image, hessian))
+    return replace(choice, output_error=output_error(weight, image, hessian, whole))

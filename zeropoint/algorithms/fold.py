@@ -43,8 +43,8 @@ def propagated(weight: Tensor, hessian: Tensor, cross: Tensor, alpha: float) -> 
     (K, K), mean of (x - y) y^T; d = 1 % of mean(diag H). alpha = 1 would make W y nearest to the
     original W x. Returns (N, K) of the weight's dtype; the weight itself where H is singular.
     """
-    h = hessian.double()
-    damped = h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype, device=h.device)
+    damped = hessian.to(torch.float64, copy=True)
+    damped.diagonal().add_(0.01 * damped.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(damped)
     if int(info) != 0 or not torch.isfinite(cross).all():
         return weight

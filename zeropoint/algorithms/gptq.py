@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zeropoint.algorithms.choice import Choice, Moments, error_limit, measured
+from zeropoint.algorithms.choice import Choice, Moments, energy, error_limit, measured
 from zeropoint.algorithms.rtn import rtn
 from zeropoint.algorithms.search import search, search_grid
 from zeropoint.numerics import (
@@ -108,7 +108,8 @@ def gptq(
     factors = ldl(hessian.detach(), order=permutation)
     h = hessian.detach().float()
     h = (h + h.T).div_(2)
-    rounded = measured(Choice(weight=start, algorithm="rtn"), weight, h)
+    whole = energy(weight, h)
+    rounded = measured(Choice(weight=start, algorithm="rtn"), weight, h, whole)
     grid = search_grid(weight, scheme, h.diagonal(), start=start)
     if factors is None:
         searched = Choice(
@@ -117,7 +118,7 @@ def gptq(
             reason="the Hessian is not positive definite, even with damping of "
             f"{DAMPING[-1]:g} * mean(diag H)",
         )
-        return _least(measured(searched, weight, h), rounded)
+        return _least(measured(searched, weight, h, whole), rounded)
     rows = _some_rows(weight, grid)
     fed = [feedback(w, g, scheme, factors, permutation) for w, g in rows]
     pivots, damping = factors.pivots, factors.damping
@@ -130,8 +131,8 @@ def gptq(
     h.diagonal().copy_(diagonal)
     codes, grid = torch.cat([q for q, _ in swept]), Grid.joined([g for _, g in swept])
     found = Choice(weight=_stored(codes, grid, weight, scheme), algorithm="gptq")
-    found = _least(measured(found, weight, h), rounded)
-    limit = error_limit(found.weight, weight, h, pivots)
+    found = _least(measured(found, weight, h, whole), rounded)
+    limit = error_limit(found.weight, weight, pivots, whole)
     assert found.output_error is not None
     found = replace(
         found,
@@ -164,10 +165,11 @@ def _sweep(
     sweeps: int,
 ) -> tuple[Tensor, Grid]:
     """Better codes and grids in turn. h: damped. Returns codes (N, K) and the grid."""
+    wh = weight.detach().float() @ h
     for _ in range(sweeps):
-        grid = _refit(weight, codes, grid, scheme, h)
+        grid = _refit(wh, codes, grid, scheme, h)
         if grid.levels is not None:
-            codes, grid = _refit_levels(weight, codes, grid, scheme, h)
+            codes, grid = _refit_levels(wh, codes, grid, scheme, h)
         codes = descend(weight, codes, grid, scheme, h, permutation)
     return codes, grid
 
@@ -214,17 +216,17 @@ def _permuted(h: Tensor, permutation: Tensor) -> Tensor:
 
 
 class _Columns(NamedTuple):
-    """A grid spread over the columns, transposed so that one column is contiguous. (K, N) each.
+    """A grid spread over the columns: for each of K columns a contiguous (N,).
 
     Integer formats count in levels l = code - zero_point, between low and high: value = scale * l.
     zero: a zero point with a fraction; levels are whole numbers less it. rows: (N, L), levels that
     are learned.
     """
 
-    scale: Tensor
-    low: Tensor | None
-    high: Tensor | None
-    zero: Tensor | None
+    scale: tuple[Tensor, ...]
+    low: tuple[Tensor, ...] | None
+    high: tuple[Tensor, ...] | None
+    zero: tuple[Tensor, ...] | None
     rows: Tensor | None
     fmt: Format
 
@@ -238,11 +240,11 @@ class _Columns(NamedTuple):
         scale = spread(grid.scale)
         if fmt.kind != "integer":
             rows = None if grid.levels is None else grid.levels.expand(shape[0], -1)
-            return cls(scale, None, None, None, rows, fmt)
+            return cls(scale.unbind(), None, None, None, rows, fmt)
         zero = torch.zeros_like(scale) if grid.zero_point is None else spread(grid.zero_point)
         fraction = grid.zero_point is not None and grid.zero_point.is_floating_point()
-        low, high = fmt.q_min - zero, fmt.q_max - zero
-        return cls(scale, low, high, zero if fraction else None, None, fmt)
+        low, high = (fmt.q_min - zero).unbind(), (fmt.q_max - zero).unbind()
+        return cls(scale.unbind(), low, high, zero.unbind() if fraction else None, None, fmt)
 
     def round(self, k: int, target: Tensor) -> Tensor:
         """The values nearest to target on the grid of the columns from k. target: (width, N)
@@ -277,13 +279,13 @@ def feedback(
     for a in range(0, len(w), BLOCK):
         b = min(a + BLOCK, len(w))
         target = torch.addmm(w[a:b], upper[:a, a:b].T, error[:a])
-        within = upper[a:b, a:b].T.contiguous()
-        for k in range(a, b, width):
-            now, at = slice(k, k + width), slice(k - a, k - a + width)
-            t = target[at]
+        parts = (x.split(width) for x in (target, upper[a:b, a:b].T, w[a:b], error[a:b]))
+        for k, (t, within, wk, ek) in zip(
+            range(a, b, width), zip(*parts, strict=True), strict=True
+        ):
             if k > a:
-                t = torch.addmm(t, within[at, : k - a], error[a:k])
-            torch.sub(w[now], columns.round(k, t), out=error[now])
+                t = torch.addmm(t, within[:, : k - a], error[a:k])
+            torch.sub(wk, columns.round(k, t), out=ek)
     return _codes_of(w - error, grid, scheme, permutation)
 
 
@@ -326,18 +328,19 @@ def descend(
         b = min(a + BLOCK, len(w))
         target = torch.addmm(w[a:b], off[a:b], error)
         moved = torch.empty_like(error[a:b])  # since the product
-        for k in range(a, b, width):
-            now, at = slice(k, k + width), slice(k - a, k - a + width)
-            t = target[at]
+        parts = (x.split(width) for x in (target, off[a:b, a:b], w[a:b], error[a:b], moved))
+        for k, (t, within, wk, ek, mk) in zip(
+            range(a, b, width), zip(*parts, strict=True), strict=True
+        ):
             if k > a:
-                t = torch.addmm(t, off[now, a:k], moved[: k - a])
-            new = w[now] - columns.round(k, t.clone())
+                t = torch.addmm(t, within[:, : k - a], moved[: k - a])
+            new = wk - columns.round(k, t.clone() if width > 1 else t)
             if width > 1:
-                least = w[now] - t  # the error that loses nothing
-                lost, before = (_norm(e - least, metric[k // width]) for e in (new, error[now]))
-                new = torch.where(lost < before, new, error[now])
-            torch.sub(new, error[now], out=moved[at])
-            error[now] = new
+                least = wk - t  # the error that loses nothing
+                lost, before = (_norm(e - least, metric[k // width]) for e in (new, ek))
+                new = torch.where(lost < before, new, ek)
+            torch.sub(new, ek, out=mk)
+            ek.copy_(new)
     return _codes_of(w - error, grid, scheme, permutation)
 
 
@@ -366,25 +369,23 @@ def _codes_of(image: Tensor, grid: Grid, scheme: Scheme, permutation: Tensor) ->
     return _codes(restored.T.contiguous(), grid, scheme)
 
 
-def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor) -> Grid:
+def _refit(wh: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor) -> Grid:
     """Scales of least output error for these codes: per row, (C^T H C) s = C^T H w.
 
-    C: (K, G) holds the levels q - z of a row, each in the column of its group. Kept per row only
-    where the scales, rounded to their stored dtype, do lower the loss. Per tensor: unchanged.
+    wh: W H, (N, K) float32. C: (K, G) holds the levels q - z of a row, each in the column of its
+    group. Kept per row only where the scales, rounded to their stored dtype, do lower the loss. Per
+    tensor: unchanged.
     """
-    rows, groups = grid.scale.shape
-    n, k = weight.shape
-    if rows != n:
+    n, k = wh.shape
+    if len(grid.scale) != n:
         return grid
-    w = weight.detach().float()
     levels = _values(codes, grid._replace(scale=torch.ones_like(grid.scale)), scheme)
-    at_once = max(1, REFIT_ELEMENTS // (groups * k))
-    h = h.float()
+    at_once = max(1, REFIT_ELEMENTS // k)
     dtype = get_scale_dtype(scheme.scale_dtype)
     parts = [
         _solved(*part, h, dtype)
         for part in zip(
-            (w @ h).split(at_once),
+            wh.split(at_once),
             levels.split(at_once),
             grid.scale.split(at_once),
             strict=True,
@@ -394,15 +395,17 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor)
 
 
 def _solved(wh: Tensor, levels: Tensor, scale: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-    """The refitted scales of some rows. wh = w H, levels: (n, K); scale: (n, G), returned where
-    better.
-    """
+    """The refitted scales of some rows. wh, levels: (n, K); scale: (n, G), kept where better."""
     n, groups = scale.shape
     blocks = levels.view(n, groups, -1)
     right = (blocks * wh.view(blocks.shape)).sum(-1).double()
-    products = torch.bmm(blocks.transpose(0, 1), h.view(groups, -1, h.shape[1]))  # (G, n, K)
-    left = (products.view(groups, n, groups, -1) * blocks).sum(-1).transpose(0, 1)
-    system, old = left.double(), scale.double()
+    system = torch.empty(n, groups, groups, dtype=torch.float64, device=scale.device)
+    for g, rows in enumerate(h.view(groups, -1, len(h))):  # H is symmetric, so is the system
+        after = blocks[:, g:]
+        products = blocks[:, g] @ rows[:, -after[0].numel() :]
+        system[:, g, g:] = products.view(after.shape).mul_(after).sum(-1)
+        system[:, g:, g] = system[:, g, g:]
+    old = scale.double()
     new = _least_squares(system, right, old)
     floor, limit = SCALE_FLOOR[dtype], torch.finfo(dtype).max
     usable = (new.abs() > floor) & (new.abs() < limit) & (new * old > 0)  # a scale keeps its sign
@@ -435,35 +438,35 @@ def _loses_less(system: Tensor, right: Tensor, new: Tensor, old: Tensor) -> Tens
 
 
 def _refit_levels(
-    weight: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor
+    wh: Tensor, codes: Tensor, grid: Grid, scheme: Scheme, h: Tensor
 ) -> tuple[Tensor, Grid]:
     """Levels of least output error for these codes: per row, (C H C^T) l = C H w.
 
-    C: (L, K) holds the scale of a column in the row of its code. Kept as `_refit` keeps scales, and
-    in ascending order, which the codes follow. Returns codes (N, K) and the grid.
+    wh: W H, (N, K) float32. C: (L, K) holds the scale of a column in the row of its code. Kept as
+    `_refit` keeps scales, and in ascending order, which the codes follow. Returns codes (N, K) and
+    the grid.
     """
     assert grid.levels is not None
-    n, k = weight.shape
+    n, k = wh.shape
     if len(grid.levels) != n:
         return codes, grid
     count = grid.levels.shape[1]
-    w, h = weight.detach().float(), h.float()
     ones = torch.ones_like(grid.levels)
     scales = _values(codes, grid._replace(levels=ones), scheme)
     at_once = max(1, REFIT_ELEMENTS // (count * k))
     parts = []
-    for wh, s, q, old in zip(
-        (w @ h).split(at_once),
+    for right, s, q, old in zip(
+        wh.split(at_once),
         scales.split(at_once),
         codes.split(at_once),
         grid.levels.split(at_once),
         strict=True,
     ):
-        c = torch.zeros(len(q), count, k, device=w.device).scatter_(
+        c = torch.zeros(len(q), count, k, device=wh.device).scatter_(
             1, q.long()[:, None], s[:, None]
         )
         system = ((c.view(-1, k) @ h).view(c.shape) @ c.mT).double()
-        right = (c @ wh.unsqueeze(-1)).squeeze(-1).double()
+        right = (c @ right.unsqueeze(-1)).squeeze(-1).double()
         new = _least_squares(system, right, old.double()).to(old.dtype)
         parts.append(torch.where(_loses_less(system, right, new, old), new, old))
     levels, order = torch.cat(parts).sort(dim=1)

@@ -14,7 +14,7 @@ from zeropoint.model import capture, graph
 from zeropoint.model.capture import Stream, first_of, tokens_of
 from zeropoint.observers import MeanSquareObserver
 
-FOLD_TOKENS = 4096  # enough for a mean square of each channel
+FOLD_TOKENS = 2048  # enough for a mean square of each channel
 
 
 class Balanced(NamedTuple):

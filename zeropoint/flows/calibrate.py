@@ -46,6 +46,7 @@ from zeropoint.scheme import Scheme
 
 TOGETHER_ELEMENTS = 1 << 22  # of weights so small that several at a time are faster than each alone
 KEPT_BACK = 1 / 8  # of the batches, where an algorithm judges codes by inputs it has not seen
+DRIFT_EVERY = 2  # batch: what drift is measured on, for half the cost of all and no more error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class Residence:
 
 
 class _Original(NamedTuple):
-    """A block and its inputs before anything was quantized."""
+    """A block and its inputs before anything was quantized, of every `DRIFT_EVERY`th batch."""
 
     block: nn.Module
     stream: Stream
@@ -351,9 +352,9 @@ def _chain(work: _Work, blocks: list[nn.Module], stream: Stream) -> None:
     floats: Stream | None = None
     if work.options.propagate:
         hidden = work.residence.hidden(original=True)
-        for states in stream.hidden:
-            hidden.append(states)
-        floats = Stream(hidden, stream.calls, stream.keep)
+        for i in range(0, len(stream.hidden), DRIFT_EVERY):
+            hidden.append(stream.hidden[i])
+        floats = Stream(hidden, stream.calls[::DRIFT_EVERY], stream.keep[::DRIFT_EVERY])
     folds: Sequence[graph.Fold] = []
     busy = [any(m in work.live and _pending(work, m) for m in b.modules()) for b in blocks]
     while busy and not busy[-1]:
@@ -436,8 +437,9 @@ def _block(
         mine = [m for m in group if m in targets]
         if not mine:
             continue
+        drifting = None if group is groups[-1] else original  # the last drift is not worth its cost
         moments, tokens = _statistics(
-            work, names[group[0]], index, block, stream, original, folds.get(names[group[0]])
+            work, names[group[0]], index, block, stream, drifting, folds.get(names[group[0]])
         )
         sets = _alike(work, mine)
         for alike, choices in zip(sets, _choose(work, sets, moments), strict=True):
@@ -509,9 +511,9 @@ def _statistics(
         keep = stream.keep[i]
         observers[i >= fitted_to].update(tokens_of(x, keep))
         kept_back = i >= fitted_to  # propagation would fit weights to these, too
-        if not (cross is None or original is None or kept_back):
+        if not (cross is None or original is None or kept_back or i % DRIFT_EVERY):
             twin = original.block.get_submodule(name)
-            run = partial(original.stream.run, i, index, original.block)
+            run = partial(original.stream.run, i // DRIFT_EVERY, index, original.block)
             before = capture.input_of(twin, run)
             if before is not None and before.shape == x.shape:
                 if balanced is not None:

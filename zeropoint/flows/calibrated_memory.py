@@ -10,7 +10,7 @@ from torch import nn
 from zeropoint.algorithms import Algorithm
 from zeropoint.algorithms.gptq import ROW_ELEMENTS
 from zeropoint.algorithms.search import LARGE_ELEMENTS
-from zeropoint.flows.calibrate import TOGETHER_ELEMENTS
+from zeropoint.flows.calibrate import DRIFT_EVERY, TOGETHER_ELEMENTS
 from zeropoint.flows.data import Calibration
 from zeropoint.flows.job import Job
 from zeropoint.flows.parts import chains_of, elements_of, is_embedding
@@ -23,6 +23,7 @@ WEIGHT_COPIES = 1.5  # of the whole weight meanwhile
 JUDGED_COPIES = 8.7  # of the whole weight when its error is measured, some of them in float64
 HESSIAN_BYTES = 14  # for each of K * K: three copies in float32, and what a factorization leaves
 UNSEEN_BYTES = 4  # the same of a Hessian to judge by
+DRIFT_BYTES = 8  # the same of the drift of inputs, of all but the layers that run last in a block
 
 
 def calibrated_bytes(
@@ -48,7 +49,14 @@ def calibrated_bytes(
         for name in weights:
             n, k = qweights[name].shape
             by_columns.setdefault(k, []).append(n * k)
-        return max((_solve(k, sizes, hessian) for k, sizes in by_columns.items()), default=0.0)
+        last = max(by_columns, default=0)
+        return max(
+            (
+                _solve(k, sizes, hessian + (DRIFT_BYTES if how.propagate and k < last else 0))
+                for k, sizes in by_columns.items()
+            ),
+            default=0.0,
+        )
 
     largest = max((elements_of(job, [n]) for n in embeddings), default=0)
     phases = [
@@ -56,10 +64,12 @@ def calibrated_bytes(
         floats + codes + SEARCH_COPIES * FLOAT * min(largest, LARGE_ELEMENTS),
         codes + later + states + solve(heads),
     ]
+    originals = bool(how.propagate)
     for names in blocks:
-        block = FLOAT * elements_of(job, names)
+        block = FLOAT * elements_of(job, names) * (1 + originals)
         matrices = [n for n in names if n in qweights and len(qweights[n].shape) == 2]
-        phases.append(codes + later + 2 * states + block + solve(matrices))
+        both = 2 * states + originals * states / DRIFT_EVERY
+        phases.append(codes + later + both + block + solve(matrices))
     return int(max(phases))
 
 

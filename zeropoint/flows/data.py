@@ -31,7 +31,8 @@ class Calibration:
     tokens: at most this many, in windows of `window` tokens drawn by `seed`. batch_tokens: tokens
     in one forward pass. fold: balance activations and weights channel by channel first, where a
     norm or linear layer before can absorb the factors. propagate: share of the error of earlier
-    layers that each layer's weights make up for, 0 to 1. tune_steps: of distillation afterwards, on
+    layers that each layer's weights make up for, 0 to 1, but for those that run last in a block.
+    tune_steps: of distillation afterwards, on
     the same data, in which scales, norms and biases learn the float model's answers while the codes
     stay; the best state on data held out is kept. Raises RecipeError.
     """
@@ -41,7 +42,7 @@ class Calibration:
     batch_tokens: int = 2048
     seed: int = 0
     fold: bool = True
-    propagate: float = 0.0
+    propagate: float = 0.5
     tune_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +76,7 @@ def _not_a_context() -> NoReturn:
 
 
 EFFORTS = {
-    "low": Calibration(tokens=4096),
+    "low": Calibration(tokens=4096, propagate=0.0),  # too few to know how inputs have drifted
     "medium": Calibration(),
     "high": Calibration(tune_steps=60),
 }

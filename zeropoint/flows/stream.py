@@ -112,8 +112,8 @@ def compress(
     algorithm that calibrates, each linear is a task (small ones that read one input are one), with
     as many CPUs as torch has threads here. The result is the same, byte by byte.
     Raises StreamError (a .gguf file, a checkpoint whose tensors transformers merges or casts while
-    it loads them, a model that is not run block by block, effort "high" or `propagate`, which need
-    the whole model: use zp.load(source, weights=...) and zp.save), SourceError, CheckpointError,
+    it loads them, a model that is not run block by block, effort "high", which needs the whole
+    model: use zp.load(source, weights=...) and zp.save), SourceError, CheckpointError,
     ClusterError, and what `zp.quantize` and `zp.freeze` raise.
     """
     options = {
