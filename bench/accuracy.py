@@ -97,7 +97,9 @@ RUNGS = {
     "medium": Rung("gptq", "medium"),
     "high": Rung("gptq", "high"),
     "medium, no balance": Rung("gptq", "medium", {"fold": False}),
+    "low, propagated": Rung("gptq", "low", {"propagate": 0.5}),
     "medium, no propagation": Rung("gptq", "medium", {"propagate": 0.0}),
+    "high, no propagation": Rung("gptq", "high", {"propagate": 0.0}),
     "medium, own text": Rung("gptq", "medium", own=True),
     "high, own text": Rung("gptq", "high", own=True),
     "auto, low": Rung("auto", "low"),
@@ -395,7 +397,7 @@ DRAWN = {  # label, colour, marker
     "rtn": ("rounding to nearest", GREY, "o"),
     "mse": ("mse", SKY, "o"),
     "medium": ("gptq, medium", BLUE, "o"),
-    "high": ("gptq, high", INK, "o"),
+    "high, no propagation": ("gptq, high, errors not propagated", INK, "o"),
     "auto-round": ("AutoRound", RED, "s"),
     "hqq": ("HQQ", RED, "D"),
     "llm-compressor, mse": ("GPTQ of llm-compressor", RED, "^"),
@@ -403,7 +405,11 @@ DRAWN = {  # label, colour, marker
     "bitsandbytes": ("bitsandbytes", GREEN, "s"),
 }
 MOST_BITS = 5  # int8 would squeeze the others
-PLACES = {"int4-g64": (-46, -22), "int4-g32": (-20, 8)}  # of labels in points, clear of lines
+PLACES = {
+    "int4-g64": (-46, -22),
+    "int4-g32": (-20, 8),
+    "e8p-g64": (-6, -14),
+}  # of labels in points, clear of lines
 
 
 def newest(path: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -130,27 +130,27 @@ def drive(source, out, address):
     zp.compress(source, out, ray=address)
 
 
-def killed_once_with(layer, mark, algorithm, moments, weights, names, scheme):
+def killed_once_with(layer, mark, algorithm, moments, propagate, weights, names, scheme):
     """The process that finds this layer's codes dies, and the next one that does so does not."""
     if names == [layer] and not mark.exists():
         mark.touch()
         die()
-    return find(algorithm, moments, weights, names, scheme)
+    return find(algorithm, moments, propagate, weights, names, scheme)
 
 
-def unfit(weight, algorithm, moments, weights, names, scheme):
+def unfit(weight, algorithm, moments, propagate, weights, names, scheme):
     if weight == f"{names[0]}.weight":
         raise NonFiniteError(f"{weight}: of this test")
-    return find(algorithm, moments, weights, names, scheme)
+    return find(algorithm, moments, propagate, weights, names, scheme)
 
 
-def found_by_two_nodes(layer, seen, algorithm, moments, weights, names, scheme):
+def found_by_two_nodes(layer, seen, algorithm, moments, propagate, weights, names, scheme):
     """Linears that read what this layer reads have their codes when two nodes are at them."""
     if any(name.startswith(layer.rpartition(".")[0]) for name in names):
         seen.mkdir(exist_ok=True)
         (seen / ray.get_runtime_context().get_node_id()).touch()
         wait_for(lambda: len(list(seen.iterdir())) == 2)
-    return find(algorithm, moments, weights, names, scheme)
+    return find(algorithm, moments, propagate, weights, names, scheme)
 
 
 def drive_calibrated(source, out, address):
