@@ -40,7 +40,7 @@ COLD = (
 )
 LAYERS = (Scheme.of("int4"), Scheme.of("int8"), Scheme.of("nf4"))
 SMOLLM2 = ((192, 576), (576, 576), (1536, 576), (576, 1536), (49152, 576))  # (N, K)
-SHAPES = (*(Scheme.of(name) for name in FORMATS), G64, W8A8)
+SHAPES = (*(Scheme.of(name) for name in FORMATS), G64, W8A8)  # but for what torch multiplies
 CEILINGS = ("float32", "int8", "bfloat16")  # zp_peak_operations counts them from 0
 PEAK_SECONDS = 0.03  # that one sample of a ceiling takes
 FEW_TOKENS = 16  # up to here a weight is read faster than it is used, so it must come from memory
@@ -88,19 +88,24 @@ def noise(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(rows, columns, generator=generator).to(dtype)
 
 
+def why_no_kernel(scheme: Scheme, n: int, k: int) -> str | None:
+    """Why the native kernel does not multiply such a weight (n, k), or None."""
+    choice = choose(Spec(op="linear", scheme=scheme, shape=(n, k), device="cpu"))
+    return None if choice.kernel == "native" else choice.refused["native"]
+
+
 def quantized(scheme: Scheme, n: int, k: int) -> QTensor:
     """A random weight (n, k) that the native kernel takes."""
-    choice = choose(Spec(op="linear", scheme=scheme, shape=(n, k), device="cpu"))
-    if choice.kernel != "native":
-        sys.exit(f"{scheme}: the kernel would be {choice.kernel}; {choice.refused}")
+    why = why_no_kernel(scheme, n, k)
+    if why is not None:
+        sys.exit(f"{scheme}: {why}")
     return rtn(noise(n, k, torch.float32), scheme)
 
 
 def copies(weight: QTensor, count: int) -> list[QTensor]:
     """The same weight at `count` places in memory."""
-    names = {"": "packed", "_scale": "scale", "_zero_point": "zero_point"}
     return [
-        replace(weight, **{names[suffix]: part.clone() for suffix, part in weight.parts.items()})
+        replace(weight, **{s.lstrip("_") or "packed": p.clone() for s, p in weight.parts.items()})
         for _ in range(count)
     ]
 

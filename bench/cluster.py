@@ -1,7 +1,7 @@
 """`zeropoint quantize --ray` on clusters of 1, 2 ... workers of one CPU each, all on this machine.
 
     python bench/cluster.py                    # 12 GB of bfloat16, as bench/stream.py writes it
-    python bench/cluster.py --algorithm gptq   # two layers of it, on 8192 tokens of no text
+    python bench/cluster.py --algorithm gptq   # two layers half as wide, on 8192 tokens of no text
 
 The workers share this machine's disk and its CPUs, so that more of them than CPUs say nothing.
 Clusters take turns, on a page cache that is as cold as one may make it, after a run without Ray,
@@ -84,7 +84,10 @@ def main() -> None:
         source = root / "source"
         source.mkdir()
         calibrated = get_algorithm(arguments.algorithm).needs != "nothing"
-        write_checkpoint(source, arguments.gigabytes or (1.4 if calibrated else 12.0))
+        if calibrated:
+            write_checkpoint(source, arguments.gigabytes or 0.48, width=2048)
+        else:
+            write_checkpoint(source, arguments.gigabytes or 12.0)
         how = (arguments.weights, arguments.algorithm)
         here: list[float] = []
         seconds: dict[int, list[float]] = {workers: [] for workers in arguments.workers}

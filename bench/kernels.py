@@ -68,6 +68,7 @@ from _sides import (
     shares,
     torch_calls,
     walk,
+    why_no_kernel,
 )
 from _tables import COLUMNS
 from torch import Tensor, nn
@@ -162,7 +163,13 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
     """
     threads = max(plan.threads)
     torch.set_num_threads(threads)
-    weights = {str(scheme): quantized(scheme, plan.side, plan.side) for scheme in plan.shapes}
+    weights = {}
+    for scheme in plan.shapes:
+        why = why_no_kernel(scheme, plan.side, plan.side)
+        if why is None:
+            weights[str(scheme)] = quantized(scheme, plan.side, plan.side)
+        else:
+            print(f"{scheme} is not measured: {why}")
     round_bytes = sum(w.nbytes for w in weights.values()) + 6 * plan.side**2
     count = count_for(round_bytes, plan.cold_bytes)
     sides = {name: our_calls(weight, count) for name, weight in weights.items()}

@@ -30,23 +30,23 @@ from transformers import LlamaConfig
 from zeropoint.checkpoints.shard import write_file
 
 FILE = RESULTS / "stream.jsonl"
-WIDTH, HIDDEN, VOCABULARY = 4096, 14336, 32000
+WIDTH, VOCABULARY = 4096, 32000
 LIMIT_BYTES = 400_000_000  # and three times the largest tensor: what is promised
 
 
-def layer(i: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a layer; 436 MB in bfloat16."""
-    prefix = f"model.layers.{i}."
+def layer(i: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a layer; 436 MB in bfloat16 when 4096 wide."""
+    prefix, hidden = f"model.layers.{i}.", 7 * width // 2
     return {
-        prefix + "self_attn.q_proj.weight": (WIDTH, WIDTH),
-        prefix + "self_attn.k_proj.weight": (WIDTH // 4, WIDTH),
-        prefix + "self_attn.v_proj.weight": (WIDTH // 4, WIDTH),
-        prefix + "self_attn.o_proj.weight": (WIDTH, WIDTH),
-        prefix + "mlp.gate_proj.weight": (HIDDEN, WIDTH),
-        prefix + "mlp.up_proj.weight": (HIDDEN, WIDTH),
-        prefix + "mlp.down_proj.weight": (WIDTH, HIDDEN),
-        prefix + "input_layernorm.weight": (WIDTH,),
-        prefix + "post_attention_layernorm.weight": (WIDTH,),
+        prefix + "self_attn.q_proj.weight": (width, width),
+        prefix + "self_attn.k_proj.weight": (width // 4, width),
+        prefix + "self_attn.v_proj.weight": (width // 4, width),
+        prefix + "self_attn.o_proj.weight": (width, width),
+        prefix + "mlp.gate_proj.weight": (hidden, width),
+        prefix + "mlp.up_proj.weight": (hidden, width),
+        prefix + "mlp.down_proj.weight": (width, hidden),
+        prefix + "input_layernorm.weight": (width,),
+        prefix + "post_attention_layernorm.weight": (width,),
     }
 
 
@@ -54,16 +54,16 @@ def nbytes(shapes: dict[str, tuple[int, ...]]) -> int:
     return 2 * sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def write_checkpoint(folder: Path, gigabytes: float) -> None:
+def write_checkpoint(folder: Path, gigabytes: float, width: int = WIDTH) -> None:
     """One file a layer. The values are one random block over and over, which costs no time."""
     ends = {
-        "model.embed_tokens.weight": (VOCABULARY, WIDTH),
-        "model.norm.weight": (WIDTH,),
-        "lm_head.weight": (VOCABULARY, WIDTH),
+        "model.embed_tokens.weight": (VOCABULARY, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (VOCABULARY, width),
     }
-    count = max(1, round((gigabytes * 1e9 - nbytes(ends)) / nbytes(layer(0))))
+    count = max(1, round((gigabytes * 1e9 - nbytes(ends)) / nbytes(layer(0, width))))
     noise = (0.02 * torch.randn(1 << 20)).bfloat16()
-    groups = [ends, *(layer(i) for i in range(count))]
+    groups = [ends, *(layer(i, width) for i in range(count))]
     weight_map = {}
     for i, shapes in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
@@ -76,8 +76,8 @@ def write_checkpoint(folder: Path, gigabytes: float) -> None:
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
         vocab_size=VOCABULARY,
         num_hidden_layers=count,
         num_attention_heads=32,

@@ -31,7 +31,7 @@ from zeropoint.checkpoints.floats import Stored
 from zeropoint.checkpoints.journal import Journal
 from zeropoint.checkpoints.shard import Shard, as_bytes
 from zeropoint.errors import StreamError, ZeropointError
-from zeropoint.flows.calibrate import Passed, Residence, calibrate
+from zeropoint.flows.calibrate import calibrate
 from zeropoint.flows.data import (
     SELF,
     Calibration,
@@ -43,6 +43,7 @@ from zeropoint.flows.data import (
     write,
 )
 from zeropoint.flows.report import FreezeReport, LayerReport
+from zeropoint.flows.residence import Passed, Residence
 from zeropoint.model.capture import Batch
 from zeropoint.model.graph import Fold
 from zeropoint.model.load import load_float, load_tokenizer

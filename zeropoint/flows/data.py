@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from zeropoint.algorithms import ALGORITHMS, Algorithm
 from zeropoint.errors import RecipeError, StateError, TextError, UnknownNameError, nearest
 from zeropoint.flows.generate import context_length
 from zeropoint.model.capture import Batch
@@ -88,6 +89,25 @@ def of_effort(effort: str) -> Calibration:
     if effort not in EFFORTS:
         raise UnknownNameError(f"{effort!r} is not an effort; {nearest(effort, EFFORTS)}")
     return EFFORTS[effort]
+
+
+def calibration_of(
+    algorithm: Algorithm, data: Data | None, effort: str | None, calibration: Calibration | None
+) -> Calibration | None:
+    """How an algorithm is to be calibrated, None for one that is not. Raises RecipeError where the
+    arguments of `freeze` contradict it or each other.
+    """
+    if algorithm.needs == "nothing":
+        if not (data is None and calibration is None and effort is None):
+            known = [a.name for a in ALGORITHMS.values() if a.needs != "nothing"]
+            raise RecipeError(
+                f"algorithm={algorithm.name!r} uses no calibration data; leave data, effort and "
+                f"calibration out, or use {' or '.join(repr(n) for n in known)}"
+            )
+        return None
+    if effort is not None and calibration is not None:
+        raise RecipeError(f"effort={effort!r} stands for a calibration; give one of the two")
+    return calibration or of_effort(effort or "medium")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from zeropoint.checkpoints.floats import WEIGHT_SUFFIXES, Stored
 from zeropoint.checkpoints.journal import NO_RECORD, Record
 from zeropoint.errors import SourceError, StreamError
 from zeropoint.flows import deleting
-from zeropoint.flows.ptq import go_live, planned
+from zeropoint.flows.planned import planned
+from zeropoint.flows.ptq import go_live
 from zeropoint.flows.report import Report
 from zeropoint.model.load import float_skeleton, install, model_names
 from zeropoint.model.pages import drop_pages

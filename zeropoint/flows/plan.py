@@ -19,9 +19,9 @@ from zeropoint.errors import RecipeError, SourceError, StreamError
 from zeropoint.flows.blocks import check_streams
 from zeropoint.flows.budget import parse_bytes
 from zeropoint.flows.calibrated_memory import calibrated_bytes
-from zeropoint.flows.data import Calibration
+from zeropoint.flows.data import Calibration, calibration_of
 from zeropoint.flows.job import Job, outline, without_values
-from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name
+from zeropoint.flows.planned import Patterns, dtype_name
 from zeropoint.flows.report import Report
 from zeropoint.flows.stream import copied_files
 from zeropoint.flows.trial import WITHOUT, try_out

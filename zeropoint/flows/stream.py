@@ -34,10 +34,10 @@ from zeropoint.flows import deleting
 from zeropoint.flows.blocks import Calibrated
 from zeropoint.flows.budget import parse_bytes
 from zeropoint.flows.cluster import RayExecutor
-from zeropoint.flows.data import Calibration, Data
+from zeropoint.flows.data import Calibration, Data, calibration_of
 from zeropoint.flows.job import Job, live_model, local_folder, prepare
 from zeropoint.flows.log import logged, working_folder
-from zeropoint.flows.ptq import Patterns, calibration_of, dtype_name
+from zeropoint.flows.planned import Patterns, dtype_name
 from zeropoint.flows.report import Report
 from zeropoint.flows.writing import TASKS, WORKERS, Run, write_tensors
 from zeropoint.model.source import resolve

@@ -25,10 +25,11 @@ from zeropoint.algorithms.choice import Choice, Moments
 from zeropoint.checkpoints.floats import Stored
 from zeropoint.checkpoints.journal import Journal
 from zeropoint.errors import StreamError
-from zeropoint.flows.calibrate import Passed, Residence, calibrate
+from zeropoint.flows.calibrate import calibrate
 from zeropoint.flows.data import Calibration, of_written, window_of
 from zeropoint.flows.job import Job, live_model
 from zeropoint.flows.parts import chains_of, elements_of, is_embedding
+from zeropoint.flows.residence import Passed, Residence
 from zeropoint.flows.stream import JOURNAL
 from zeropoint.flows.writing import Run, write_tensors
 from zeropoint.model.replace import give_values, replace_module

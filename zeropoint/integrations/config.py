@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from zeropoint.algorithms import get_algorithm
 from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, RecipeError, ZeropointError
-from zeropoint.flows.ptq import Patterns, dtype_name
+from zeropoint.flows.planned import Patterns, dtype_name
 from zeropoint.scheme import Recipe, Scheme
 
 _OPTIONS = (

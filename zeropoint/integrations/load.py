@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from zeropoint.errors import RecipeError, SourceError
-from zeropoint.flows.ptq import Patterns, freeze, quantize
+from zeropoint.flows.planned import Patterns
+from zeropoint.flows.ptq import freeze, quantize
 from zeropoint.integrations.placement import place
 from zeropoint.integrations.translate import from_flags, translate
 from zeropoint.model import load as plain

@@ -25,7 +25,7 @@ from zeropoint.algorithms import Algorithm, get_algorithm
 from zeropoint.checkpoints import native
 from zeropoint.errors import CheckpointError, ZeropointError
 from zeropoint.flows.dequantize import dequantize
-from zeropoint.flows.ptq import Patterns, planned
+from zeropoint.flows.planned import Patterns, planned
 from zeropoint.flows.report import Report
 from zeropoint.integrations.config import ZeropointConfig
 from zeropoint.integrations.placement import place, several_devices
