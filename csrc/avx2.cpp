@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace zp {
 namespace {
@@ -56,15 +57,26 @@ inline F load_i8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline uint64_t first_bytes(const void* from, int64_t bytes) {  // 1 to 7 of them, then 0
+  const uint8_t* p = (const uint8_t*)from;
+  uint32_t low = 0, high = 0;
+  if (bytes == 1) return *p;
+  int64_t word = bytes < 4 ? 2 : 4;  // two words of this size overlap
+  __builtin_memcpy(&low, p, 2), __builtin_memcpy(&high, p + bytes - 2, 2);
+  if (word == 4) __builtin_memcpy(&low, p, 4), __builtin_memcpy(&high, p + bytes - 4, 4);
+  return low | (uint64_t)high << 8 * (bytes - word);
+}
 inline F load_f16_part(const uint16_t* p, int64_t count) {
-  uint16_t whole[8] = {};
-  for (int64_t i = 0; i < count; i++) whole[i] = p[i];
-  return load_f16(whole);
+  uint64_t low, high = count > 4 ? first_bytes(p + 4, 2 * (count - 4)) : 0;
+  if (count < 4) {
+    low = first_bytes(p, 2 * count);
+  } else {
+    __builtin_memcpy(&low, p, 8);
+  }
+  return _mm256_cvtph_ps(_mm_set_epi64x((int64_t)high, (int64_t)low));
 }
 inline F load_i8_part(const int8_t* p, int64_t count) {
-  int8_t whole[8] = {};
-  for (int64_t i = 0; i < count; i++) whole[i] = p[i];
-  return load_i8(whole);
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)first_bytes(p, count))));
 }
 inline F load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -72,12 +84,15 @@ inline F load_bf16(const uint16_t* p) {
 inline F load_e5m2(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
 }
+inline F load_e4m3_small(const uint8_t* p) {  // 2^-8 of the value; 480 * 2^-8 for a NaN
+  __m128i c = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+  return _mm256_cvtph_ps(_mm_and_si128(c, _mm_set1_epi16((short)0xbf80)));
+}
 inline F load_e4m3(const uint8_t* p) {
-  __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
-  __m128i largest = _mm_set1_epi16(0x7f), nan = _mm_cmpeq_epi16(_mm_and_si128(codes, largest), largest);
-  __m128i half = _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16((short)0xbf80));
-  F v = _mm256_mul_ps(_mm256_cvtph_ps(half), set1(256.0f));
-  return _mm256_blendv_ps(v, set1(__builtin_nanf("")), _mm256_castsi256_ps(_mm256_cvtepi16_epi32(nan)));
+  const __m128i largest = _mm_set1_epi8(0x7f);
+  F v = _mm256_mul_ps(load_e4m3_small(p), set1(256.0f));
+  __m128i nan = _mm_cmpeq_epi8(_mm_and_si128(_mm_loadl_epi64((const __m128i*)p), largest), largest);
+  return _mm256_blendv_ps(v, set1(__builtin_nanf("")), _mm256_castsi256_ps(_mm256_cvtepi8_epi32(nan)));
 }
 inline void store_f16(uint16_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -119,64 +134,259 @@ inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
   if (count > 0) by_bits<UnpackOctets>(bits, p, count, out);
 }
 
+// 64 codes from 8 * BITS bytes, for the widths that do not divide a byte: every code is moved, with the byte that may
+// hold its upper bits, into 16 bits of its own, multiplied to their top and shifted down. Vector v holds octets v and
+// 4 + v of the codes; each octet is in 16 bytes that begin at `begin`, none of them past the end.
+struct Spread {
+  int begin[8];
+  alignas(32) uint8_t bytes[4][32];  // for vpshufb: the two bytes of each code
+  alignas(32) uint16_t factors[16];
+};
+
+template <int BITS>
+constexpr Spread make_spread() {
+  Spread s = {};
+  for (int octet = 0; octet < 8; octet++) {
+    s.begin[octet] = octet * BITS < 8 * BITS - 16 ? octet * BITS : 8 * BITS - 16;
+    for (int i = 0; i < 8; i++) {
+      int at = octet * BITS - s.begin[octet] + BITS * i / 8, lane = octet / 4;
+      s.bytes[octet % 4][16 * lane + 2 * i] = (uint8_t)at;
+      s.bytes[octet % 4][16 * lane + 2 * i + 1] = (uint8_t)(at < 15 ? at + 1 : 0x80);
+      s.factors[8 * lane + i] = (uint16_t)(1 << (16 - BITS - BITS * i % 8));
+    }
+  }
+  return s;
+}
+
+template <int BITS>
+inline __m256i spread(const uint8_t* p, int v) {
+  static constexpr Spread s = make_spread<BITS>();
+  __m256i x = _mm256_loadu2_m128i((const __m128i*)(p + s.begin[4 + v]), (const __m128i*)(p + s.begin[v]));
+  __m256i pairs = _mm256_shuffle_epi8(x, _mm256_load_si256((const __m256i*)s.bytes[v]));
+  return _mm256_srli_epi16(_mm256_mullo_epi16(pairs, _mm256_load_si256((const __m256i*)s.factors)), 16 - BITS);
+}
+
+// Products of bytes are summed in 16 bits, two by two, by vpmaddubsw: codes of up to 4 bits cannot overflow them, and
+// q is two planes of int8. Wider codes become 16 bits themselves, and q stays one plane of int16.
 struct Integer {
-  // 4 bits: even and odd columns; others in order.
   template <int BITS>
-  static constexpr int CHUNK = 32;
+  static constexpr bool AS_BYTES = BITS == 2 || BITS == 4;
+  // Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1, 2, 3 modulo 4, 8 bits in order,
+  // others as vectors of the octets v and 4 + v.
+  template <int BITS>
+  static constexpr int CHUNK = BITS == 8   ? 32
+                               : BITS == 2 ? 128
+                                           : 64;
   template <int BITS, int P>
-  static constexpr int BYTES = 64;
+  static constexpr int BYTES = CHUNK<BITS> * (AS_BYTES<BITS> ? P : 2);
+  template <int BITS>
+  static constexpr int VECTORS = AS_BYTES<BITS> ? 8 / BITS : CHUNK<BITS> / 16;
 
   struct Codes {
-    __m256i v[2];
+    __m256i v[4];
   };
   template <int BITS>
   static inline Codes codes(const uint8_t* p) {
+    Codes c;
     if constexpr (BITS == 8) {
-      return {{_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)),
-               _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))}};
-    } else if constexpr (BITS == 4) {
-      __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
-      return {{_mm256_and_si256(b, _mm256_set1_epi16(15)), _mm256_srli_epi16(b, 4)}};
+      unroll<2>([&](auto v) INLINE { c.v[v] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * v))); });
+    } else if constexpr (AS_BYTES<BITS>) {
+      __m256i x = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi8((1 << BITS) - 1);
+      unroll<VECTORS<BITS>>([&](auto v) INLINE { c.v[v] = _mm256_and_si256(_mm256_srli_epi16(x, BITS * v), mask); });
     } else {
-      alignas(32) uint8_t bytes[32];
-      unpack_octets<BITS>(p, 32, bytes);
-      return {{_mm256_cvtepu8_epi16(_mm_load_si128((const __m128i*)bytes)),
-               _mm256_cvtepu8_epi16(_mm_load_si128((const __m128i*)(bytes + 16)))}};
+      unroll<4>([&](auto v) INLINE { c.v[v] = spread<BITS>(p, v); });
     }
+    return c;
   }
   template <int BITS>
   static inline Codes codes_part(const uint8_t* p, int64_t bytes) {
-    uint8_t whole[32] = {};
+    if (bytes == CHUNK<BITS> * BITS / 8) return codes<BITS>(p);
+    uint8_t whole[CHUNK<BITS> * BITS / 8] = {};
     __builtin_memcpy(whole, p, bytes);
     return codes<BITS>(whole);
   }
+
+  // Column of a chunk that code i of vector v belongs to.
+  template <int BITS>
+  static constexpr int column(int v, int i) {
+    if (AS_BYTES<BITS>) return VECTORS<BITS> * i + v;
+    return BITS == 8 ? 16 * v + i : 8 * v + i % 8 + i / 8 * 32;
+  }
   template <int BITS, int P>
   static inline void arrange(const int16_t* q, uint8_t* out) {
-    int16_t* to = (int16_t*)out;
-    for (int i = 0; i < 32; i++) to[BITS == 4 ? i / 2 + i % 2 * 16 : i] = q[i];
+    if constexpr (AS_BYTES<BITS>) {
+      int8_t *high = (int8_t*)out, *low = high + CHUNK<BITS> * (P - 1);  // q = 256 * high + low, or low alone
+      for (int v = 0; v < VECTORS<BITS>; v++) {
+        for (int i = 0; i < 32; i++) {
+          int16_t value = q[column<BITS>(v, i)];
+          if constexpr (P == 2) high[32 * v + i] = (int8_t)((value + 128) >> 8);
+          low[32 * v + i] = (int8_t)value;
+        }
+      }
+    } else {
+      int16_t* to = (int16_t*)out;
+      for (int v = 0; v < VECTORS<BITS>; v++) {
+        for (int i = 0; i < 16; i++) to[16 * v + i] = q[column<BITS>(v, i)];
+      }
+    }
   }
+
+  // 8 partial sums of codes * q.
   template <int BITS, int P>
   static inline F mac(const Codes& c, const uint8_t* q) {
-    __m256i even = _mm256_madd_epi16(c.v[0], _mm256_loadu_si256((const __m256i*)q));
-    __m256i odd = _mm256_madd_epi16(c.v[1], _mm256_loadu_si256((const __m256i*)(q + 32)));
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(even, odd));
+    auto at = [&](int64_t v) INLINE { return _mm256_loadu_si256((const __m256i*)(q + 32 * v)); };
+    constexpr int V = VECTORS<BITS>;
+    if constexpr (AS_BYTES<BITS>) {  // at most 4 * 2 * 3 * 128 or 2 * 2 * 15 * 128 in 16 bits
+      __m256i low = _mm256_maddubs_epi16(c.v[0], at(V * (P - 1)));
+      unroll<V - 1>([&](auto v) INLINE {
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(c.v[v + 1], at(V * (P - 1) + v + 1)));
+      });
+      __m256i sums = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
+      if constexpr (P == 2) {
+        __m256i high = _mm256_maddubs_epi16(c.v[0], at(0));
+        unroll<V - 1>([&](auto v)
+                          INLINE { high = _mm256_add_epi16(high, _mm256_maddubs_epi16(c.v[v + 1], at(v + 1))); });
+        sums = _mm256_add_epi32(sums, _mm256_madd_epi16(high, _mm256_set1_epi16(256)));
+      }
+      return _mm256_cvtepi32_ps(sums);
+    } else {
+      __m256i sums = _mm256_madd_epi16(c.v[0], at(0));
+      unroll<V - 1>([&](auto v) INLINE { sums = _mm256_add_epi32(sums, _mm256_madd_epi16(c.v[v + 1], at(v + 1))); });
+      return _mm256_cvtepi32_ps(sums);
+    }
   }
+
+  // Which block's factor each of the 8 sums of a chunk takes: sum t covers CHUNK / 8 columns from there on, but for odd
+  // widths the first four cover the lower half of the chunk and the others the upper.
   template <int BITS>
   struct Lanes {
-    int shift;
-    explicit Lanes(int64_t block) : shift(block >= (1 << 20) ? 62 : __builtin_ctzll(block)) {}
-    inline F scales(const float* factor, int64_t chunk) const { return set1(factor[(chunk * 32) >> shift]); }
+    __m256i index;
+    int shift, per_chunk;
+    explicit Lanes(int64_t block) {
+      per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
+      shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
+      alignas(32) int32_t lane[8];
+      for (int t = 0; t < 8; t++) lane[t] = t * per_chunk / 8;
+      index = _mm256_load_si256((const __m256i*)lane);
+    }
+    inline F scales(const float* factor, int64_t chunk) const {  // loads lie within one earlier store, or it stalls
+      if (per_chunk == 1) return set1(factor[(chunk * CHUNK<BITS>) >> shift]);
+      const float* p = factor + chunk * per_chunk;
+      F some = per_chunk == 2 ? _mm256_castpd_ps(_mm256_broadcast_sd((const double*)p))
+                              : _mm256_broadcast_ps((const __m128*)p);
+      return _mm256_permutevar_ps(some, index);
+    }
   };
 };
 
 #include "body.inc.h"
+
+using Words = __m256i;
+inline Words load_words(const uint8_t* p, int64_t bytes) {
+  if (bytes >= 32) return _mm256_loadu_si256((const __m256i*)p);
+  alignas(32) uint8_t whole[32] = {};
+  __builtin_memcpy(whole, p, bytes);
+  return _mm256_load_si256((const __m256i*)whole);
+}
+
+struct Codebook {  // 32 low nibbles, then 32 high ones: each byte of their levels is looked up, and four interleaved
+  __m256i byte[4];
+  explicit Codebook(const float* p) {
+    const __m256i by_byte =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i by_lane = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i half[2];  // of the levels: their first bytes, their second ...
+    unroll<2>([&](auto h) INLINE {
+      __m256i x = _mm256_loadu_si256((const __m256i*)(p + 8 * h));
+      half[h] = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x, by_byte), by_lane);
+    });
+    __m256i even = _mm256_unpacklo_epi64(half[0], half[1]), odd = _mm256_unpackhi_epi64(half[0], half[1]);
+    byte[0] = _mm256_permute2x128_si256(even, even, 0x00), byte[1] = _mm256_permute2x128_si256(odd, odd, 0x00);
+    byte[2] = _mm256_permute2x128_si256(even, even, 0x11), byte[3] = _mm256_permute2x128_si256(odd, odd, 0x11);
+  }
+  static int column(int v, int i) { return 2 * (i / 4 * 16 + v % 4 * 4 + i % 4) + v / 4; }
+  template <class Use>
+  inline INLINE void each(Words words, const Use& use) const {
+    unroll<2>([&](auto h) INLINE {
+      __m256i codes = _mm256_and_si256(_mm256_srli_epi16(words, 4 * h), _mm256_set1_epi8(15));
+      __m256i b0 = _mm256_shuffle_epi8(byte[0], codes), b1 = _mm256_shuffle_epi8(byte[1], codes);
+      __m256i b2 = _mm256_shuffle_epi8(byte[2], codes), b3 = _mm256_shuffle_epi8(byte[3], codes);
+      __m256i low = _mm256_unpacklo_epi8(b0, b1), high = _mm256_unpacklo_epi8(b2, b3);
+      use(Index<4 * h>(), _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high)));
+      use(Index<4 * h + 1>(), _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high)));
+      low = _mm256_unpackhi_epi8(b0, b1), high = _mm256_unpackhi_epi8(b2, b3);
+      use(Index<4 * h + 2>(), _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high)));
+      use(Index<4 * h + 3>(), _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high)));
+    });
+  }
+};
+
+struct NaNs {  // of e4m3
+  __m128i seen = _mm_setzero_si128();
+  inline void see(const uint8_t* p) {
+    const __m128i largest = _mm_set1_epi8(0x7f);
+    __m128i magnitude = _mm_and_si128(_mm_loadu_si128((const __m128i*)p), largest);
+    seen = _mm_or_si128(seen, _mm_cmpeq_epi8(magnitude, largest));
+  }
+  inline bool any() const { return _mm_movemask_epi8(seen) != 0; }
+};
+
+#include "decoded.inc.h"
+
+// --- integer gemm: codes and tokens as 16 bits, two columns in 32 ---
+
+using Ints = __m256i;
+using Code = uint16_t;
+constexpr int INT_N = 4, INT_V = 2;
+template <int P>
+constexpr int PLANES = 1;
+inline Ints set1_ints(int32_t v) { return _mm256_set1_epi32(v); }
+inline Ints load_ints(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+// In assembly, because g++ 12 spills an accumulator of the intrinsics in every iteration.
+inline INLINE Ints dot_codes(Ints acc, Ints codes, Ints q) {
+  Ints products;
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(acc), "=&x"(products) : "x"(codes), "x"(q));
+  return acc;
+}
+inline Ints high_and_low(Ints, Ints low) { return low; }
+inline F to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+
+template <int P>
+inline void split_columns(const int16_t* q, uint32_t* out) {
+  __builtin_memcpy(out, q, 64);
+}
+
+#include "integer_gemm.inc.h"
+
+// --- the table ---
+
+int64_t tokens2(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
+
+size_t prepared_bytes2(const Job& j) { return is_integer_gemm(j) ? integer_prepared_bytes(j) : prepared_bytes(j); }
+
+void prepare2(const Job& j, int64_t unit) {
+  if (is_integer_gemm(j)) return prepare_integer(j, unit);
+  if (is_decoded(j)) return prepare_decoded(j, unit);
+  prepare(j, unit);
+}
+
+size_t scratch_bytes2(const Job& j, int64_t rows) {
+  if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
+  return is_decoded(j) ? decoded_scratch_bytes(j) : scratch_bytes(j, rows);
+}
+
+void multiply2(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
+  if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
+  if (is_decoded(j)) return dot_decoded_rows(j, n0, n1, (float*)scratch);
+  multiply(j, n0, n1, scratch);
+}
 
 double peak(int32_t what, int64_t repeats) { return what == ZP_PEAK_FLOAT32 ? peak_float(repeats) : 0; }
 
 }  // namespace
 
 extern const Isa avx2;
-const Isa avx2 = {"avx2",        tile,     tokens, prepared_bytes, prepare, rows,
-                  scratch_bytes, multiply, decode, encode,         read,    peak};
+const Isa avx2 = {"avx2",         tile,      tokens2, prepared_bytes2, prepare2, rows,
+                  scratch_bytes2, multiply2, decode,  encode,          read,     peak};
 
 }  // namespace zp

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "unroll.h"
 
 namespace zp {
 namespace {

@@ -267,292 +267,86 @@ inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
 
 #include "body.inc.h"
 
-// --- dot for 16-entry codebooks and float8: decoded in registers ---
-//
-// A codebook's chunk is 128 codes in 16 words of 32 bits: code 8 * i + c of the chunk is nibble c of word i, so one
-// shift brings 16 codes into place and one permutation looks all of them up. Tokens are arranged alike.
+using Words = __m512i;
+inline Words load_words(const uint8_t* p, int64_t bytes) { return _mm512_maskz_loadu_epi8(first(bytes), p); }
 
-constexpr int64_t CODEBOOK_CHUNK = 128;
-
-void prepare_codebook(const Job& j, int64_t m) {
-  int64_t stride = float_stride(j);
-  float* x = (float*)__builtin_alloca(stride * 4);
-  float* out = (float*)j.prepared + m * stride;
-  const __m512i every8 = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
-  read_token(j, m, stride, x);
-  for (int64_t k = 0; k < stride; k += CODEBOOK_CHUNK) {
-    for (int c = 0; c < 8; c++) store(out + k + 16 * c, _mm512_i32gather_ps(every8, x + k + c, 4));
+struct Codebook {  // nibble v of every word
+  F levels;
+  explicit Codebook(const float* p) : levels(load(p)) {}
+  static int column(int v, int i) { return 8 * i + v; }
+  template <class Use>
+  inline INLINE void each(Words words, const Use& use) const {
+    unroll<8>([&](auto v) INLINE { use(v, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * v), levels)); });
   }
-}
+};
 
-template <int MR>
-void dot_codebook(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale) {
-  const zp_format& f = *j.format;
-  const zp_weight w = weight_of(j);
-  alignas(64) float own[16];
-  const bool by_row = f.group_size >= f.k;
-  const Integer::Lanes<4> lanes(j.block);  // word i covers 8 columns, as the sums of a 4-bit chunk do
-  int64_t chunks = (f.k + CODEBOOK_CHUNK - 1) / CODEBOOK_CHUNK, stride = float_stride(j);
-  const float* x = (const float*)j.prepared + m0 * stride;
-  for (int64_t n = n0; n < n1; n++) {
-    const uint8_t* p = j.packed + n * j.row_bytes;
-    const F levels = load(levels_of(w, n, own));
-    if (!by_row) block_scales(j, n, scale);
-    F total[MR];
-    for (int r = 0; r < MR; r++) total[r] = zero();
-    for (int64_t c = 0; c < chunks; c++) {
-      __m512i words = _mm512_maskz_loadu_epi8(first(j.row_bytes - 64 * c), p + 64 * c);
-      __builtin_prefetch(p + 64 * c + AHEAD);
-      F part[MR];
-      for (int r = 0; r < MR; r++) part[r] = zero();
-      unroll<8>([&](auto i) INLINE {
-        F values = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * i), levels);
-        unroll<MR>([&](auto r)
-                       INLINE { part[r] = fma(values, load(x + r * stride + c * CODEBOOK_CHUNK + 16 * i), part[r]); });
-      });
-      F factor = by_row ? set1(1.0f) : lanes.scales(scale, c);
-      unroll<MR>([&](auto r) INLINE { total[r] = fma(part[r], factor, total[r]); });
-    }
-    for (int r = 0; r < MR; r++) put(j, m0 + r, n, sum(total[r]) * (by_row ? scale_of(w, n, 0) : 1.0f));
+struct NaNs {  // of e4m3
+  __mmask32 seen = 0;
+  inline void see(const uint8_t* p) {
+    const __m256i largest = _mm256_set1_epi8(0x7f);
+    __m256i magnitude = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), largest);
+    seen |= _mm256_cmpeq_epi8_mask(magnitude, largest);
   }
-}
+  inline bool any() const { return seen != 0; }
+};
 
-template <int MR, bool E4M3>
-void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale) {
-  const zp_format& f = *j.format;
-  const zp_weight w = weight_of(j);
-  const bool by_row = f.group_size >= f.k;
-  const __m512i largest = _mm512_set1_epi8(0x7f);
-  int64_t stride = float_stride(j), step = by_row ? f.k : j.block;
-  const float* x = (const float*)j.prepared + m0 * stride;
-  for (int64_t n = n0; n < n1; n++) {
-    const uint8_t* p = j.packed + n * f.k;
-    if (!by_row) block_scales(j, n, scale);
-    F total[MR];
-    __mmask64 nan = 0;
-    for (int r = 0; r < MR; r++) total[r] = zero();
-    for (int64_t k0 = 0; k0 < f.k; k0 += step) {
-      F part[2][MR];
-      for (int r = 0; r < MR; r++) part[0][r] = part[1][r] = zero();
-      for (int64_t k = k0; k < k0 + step; k += 32) {
-        alignas(64) uint8_t tail[32];
-        const uint8_t* c = p + k;
-        if (f.k - k < 32) {
-          _mm256_store_si256((__m256i*)tail, _mm256_maskz_loadu_epi8((__mmask32)first(f.k - k), c));
-          c = tail;
-        }
-        if constexpr (E4M3) {
-          __m256i top = _mm512_castsi512_si256(largest);
-          nan |= _mm256_cmpeq_epi8_mask(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)c), top), top);
-        }
-        unroll<2>([&](auto h) INLINE {
-          F values = E4M3 ? load_e4m3_small(c + 16 * h) : load_e5m2(c + 16 * h);
-          unroll<MR>([&](auto r) INLINE { part[h][r] = fma(values, load(x + r * stride + k + 16 * h), part[h][r]); });
-        });
-      }
-      F factor = set1(by_row ? 1.0f : scale[k0 / step]);
-      unroll<MR>([&](auto r) INLINE { total[r] = fma(add(part[0][r], part[1][r]), factor, total[r]); });
-    }
-    float last = (by_row ? scale_of(w, n, 0) : 1.0f) * (E4M3 ? 256.0f : 1.0f);
-    for (int r = 0; r < MR; r++) put(j, m0 + r, n, nan ? __builtin_nanf("") : sum(total[r]) * last);
-  }
-}
+#include "decoded.inc.h"
 
-template <int MR>
-void dot_decoded(const Job& j, int64_t m, int64_t n0, int64_t n1, float* scratch) {
-  if (j.format->kind == ZP_CODEBOOK) return dot_codebook<MR>(j, m, n0, n1, scratch);
-  if (j.format->kind == ZP_FLOAT8_E4M3FN) return dot_float8<MR, true>(j, m, n0, n1, scratch);
-  dot_float8<MR, false>(j, m, n0, n1, scratch);
-}
+// --- integer gemm: tokens as bytes, four columns in 32 bits ---
 
-void dot_decoded_rows(const Job& j, int64_t n0, int64_t n1, float* scratch) {
-  int64_t m = 0;
-  for (; m + 4 <= j.m; m += 4) dot_decoded<4>(j, m, n0, n1, scratch);
-  if (m + 2 <= j.m) dot_decoded<2>(j, m, n0, n1, scratch), m += 2;
-  if (m < j.m) dot_decoded<1>(j, m, n0, n1, scratch);
-}
-
-// --- integer gemm: the same picture as body.inc.h's, with codes as bytes and tokens as planes of int8 ---
-//
-//   prepared: blocks of TOKENS tokens: [depth / 4][planes][TOKENS][4] int8, then [blocks][TOKENS] x_scale and x_sum
-//   panel:    [rows][depth] stored codes; depth = k rounded up to the activations' block
-
+using Ints = __m512i;
+using Code = uint8_t;
+constexpr int INT_N = 6, INT_V = 4;
 template <int P>
-constexpr int64_t TOKENS = TILE_V * W / P;
+constexpr int PLANES = P;
+inline Ints set1_ints(int32_t v) { return _mm512_set1_epi32(v); }
+inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline Ints dot_codes(Ints acc, Ints codes, Ints q) { return dot_bytes(acc, codes, q); }
+inline Ints high_and_low(Ints high, Ints low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 8), low); }
+inline F to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 
-inline int64_t gemm_depth(const Job& j) { return round_up(j.format->k, j.block < 128 ? j.block : 128); }
-
+// 32 q -> words of 4 columns: of the high plane, then of the low one (or q itself) the next.
 template <int P>
-inline size_t unit_bytes(const Job& j) {
-  return round_up(gemm_depth(j) * P * TOKENS<P> + 2 * j.blocks * TOKENS<P> * 4, 64);
-}
-
-template <int P>
-void prepare_gemm_integer(const Job& j, int64_t unit) {
-  constexpr int64_t T = TOKENS<P>;
-  int64_t depth = gemm_depth(j), padded = round_up(depth, 64), filled = round_up(j.format->k, 64);
-  uint8_t* out = j.prepared + unit * unit_bytes<P>(j);
-  float* x_scale = (float*)(out + depth * P * T);
-  float* x_sum = x_scale + j.blocks * T;
-  float* x = (float*)__builtin_alloca(padded * 4 + 64);
-  int16_t* q = (int16_t*)__builtin_alloca(padded * 2 + 64);
-  float* one_scale = (float*)__builtin_alloca(j.blocks * 8);
-  float* one_sum = one_scale + j.blocks;
-  for (int64_t i = filled; i < padded; i++) q[i] = 0;
-  for (int64_t t = 0; t < T; t++) {
-    int64_t m = unit * T + t;
-    if (m < j.m) {
-      quantize_token(j, m, x, q, one_scale, one_sum);
-    } else {
-      for (int64_t i = 0; i < padded; i++) q[i] = 0;
-      for (int64_t b = 0; b < 2 * j.blocks; b++) one_scale[b] = 0;
-    }
-    for (int64_t b = 0; b < j.blocks; b++) x_scale[b * T + t] = one_scale[b], x_sum[b * T + t] = one_sum[b];
-    uint32_t* to = (uint32_t*)out + t;
-    for (int64_t k = 0; k < depth; k += 32, to += 8 * P * T) {  // 8 words of 4 columns a plane
-      __m512i v = _mm512_loadu_si512(q + k);
-      alignas(32) uint32_t high[8], low[8];
-      _mm256_store_si256((__m256i*)low, _mm512_cvtepi16_epi8(v));
-      if constexpr (P == 2) {
-        v = _mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8);
-        _mm256_store_si256((__m256i*)high, _mm512_cvtepi16_epi8(v));
-      }
-      for (int i = 0; i < 8; i++) {
-        if constexpr (P == 2) to[i * P * T] = high[i];
-        to[i * P * T + (P - 1) * T] = low[i];
-      }
-    }
+inline void split_columns(const int16_t* q, uint32_t* out) {
+  __m512i v = _mm512_loadu_si512(q);
+  alignas(32) uint32_t high[8], low[8];
+  _mm256_store_si256((__m256i*)low, _mm512_cvtepi16_epi8(v));
+  if constexpr (P == 2) {
+    v = _mm512_srai_epi16(_mm512_add_epi16(v, _mm512_set1_epi16(128)), 8);
+    _mm256_store_si256((__m256i*)high, _mm512_cvtepi16_epi8(v));
+  }
+  for (int i = 0; i < 8; i++) {
+    if constexpr (P == 2) out[i * P] = high[i];
+    out[i * P + P - 1] = low[i];
   }
 }
 
-// NR rows times NV vectors (high planes, then low), all blocks of [k0, k1); sums (NR, TILE_V * W / P) are added to.
-template <int NR, int P, int NV>
-inline void gemm_integer_tile(const uint8_t* panel, int64_t depth, const uint8_t* x, int64_t k0, int64_t k1,
-                              int64_t block, const float* x_scale, const float* x_sum, const float* scale,
-                              const float* offset, int64_t groups, int64_t group_size, float* sums) {
-  constexpr int64_t T = TOKENS<P>;
-  constexpr int TV = NV / P;  // vectors of tokens
-  for (int64_t begin = k0; begin < k1; begin += block) {
-    int64_t end = begin + block < k1 ? begin + block : k1;
-    __m512i acc[NR][NV];
-    unroll<NR>([&](auto i) INLINE { unroll<NV>([&](auto v) INLINE { acc[i][v] = _mm512_setzero_si512(); }); });
-    for (int64_t k = begin; k < end; k += 4) {
-      const uint8_t* xk = x + k * P * T;
-      __m512i b[NV];
-      unroll<NV>([&](auto v) INLINE { b[v] = _mm512_loadu_si512(xk + (v / TV * T + v % TV * W) * 4); });
-      unroll<NR>([&](auto i) INLINE {
-        int32_t four;
-        __builtin_memcpy(&four, panel + i * depth + k, 4);
-        __m512i a = _mm512_set1_epi32(four);
-        unroll<NV>([&](auto v) INLINE { acc[i][v] = dot_bytes(acc[i][v], a, b[v]); });
-      });
-    }
-    int64_t at = begin / group_size, which = begin / block;
-    unroll<TV>([&](auto v) INLINE {
-      F xs = load(x_scale + which * T + v * W), total = load(x_sum + which * T + v * W);
-      unroll<NR>([&](auto i) INLINE {
-        __m512i whole = acc[i][v];
-        if constexpr (P == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), acc[i][v + TV]);
-        F product = mul(_mm512_cvtepi32_ps(whole), xs);
-        product = _mm512_fnmadd_ps(set1(offset[i * groups + at]), total, product);
-        float* to = sums + i * T + v * W;
-        store(to, fma(set1(scale[i * groups + at]), product, load(to)));
-      });
-    });
-  }
-}
-
-constexpr int64_t STRETCH = 1024;  // columns of tokens kept in the first-level cache while all rows pass
-
-template <int P, int NV>
-void gemm_integer_block(const Job& j, const uint8_t* panel, int64_t rows, const uint8_t* x, const float* scale,
-                        const float* offset, float* sums) {
-  constexpr int64_t T = TOKENS<P>;
-  int64_t depth = gemm_depth(j), groups = j.format->k / j.format->group_size, size = j.format->group_size;
-  const float* x_scale = (const float*)(x + depth * P * T);
-  const float* x_sum = x_scale + j.blocks * T;
-  int64_t stretch = j.block > STRETCH ? depth : STRETCH;
-  for (int64_t k0 = 0; k0 < depth; k0 += stretch) {
-    int64_t k1 = k0 + stretch < depth ? k0 + stretch : depth;
-    int64_t i = 0;
-    for (; i + TILE_N <= rows; i += TILE_N) {
-      gemm_integer_tile<TILE_N, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i * groups,
-                                       offset + i * groups, groups, size, sums + i * T);
-    }
-    for (; i < rows; i++) {
-      gemm_integer_tile<1, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i * groups,
-                                  offset + i * groups, groups, size, sums + i * T);
-    }
-  }
-}
-
-template <int P>
-void gemm_integer_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  constexpr int64_t T = TOKENS<P>;
-  const zp_format& f = *j.format;
-  const zp_weight w = weight_of(j);
-  int64_t rows = n1 - n0, depth = gemm_depth(j), groups = f.k / f.group_size, stride = round_up(depth, 64) + 64;
-  uint8_t* panel = scratch;
-  float* scale = (float*)(panel + round_up(rows * depth + 64, 64));
-  float* offset = scale + rows * groups;
-  float* sums = offset + rows * groups;
-  uint8_t* line = (uint8_t*)__builtin_alloca(stride);
-  for (int64_t r = 0; r < rows; r++) {
-    unpack(w.packed + (n0 + r) * j.row_bytes, f.bits, f.k, line);
-    __builtin_memcpy(panel + r * depth, line, f.k);
-    __builtin_memset(panel + r * depth + f.k, 0, depth - f.k);
-    for (int64_t g = 0; g < groups; g++) {
-      scale[r * groups + g] = scale_of(w, n0 + r, g);
-      offset[r * groups + g] = offset_of(w, n0 + r, g);
-    }
-  }
-  for (int64_t m = 0; m < j.m; m += T) {
-    const uint8_t* x = j.prepared + m / T * unit_bytes<P>(j);
-    int64_t tokens = j.m - m < T ? j.m - m : T;
-    for (int64_t i = 0; i < rows * T; i++) sums[i] = 0;
-    if (tokens <= T / 2) {
-      gemm_integer_block<P, TILE_V / 2>(j, panel, rows, x, scale, offset, sums);
-    } else {
-      gemm_integer_block<P, TILE_V>(j, panel, rows, x, scale, offset, sums);
-    }
-    put_transposed(j, sums, T, m, tokens, n0, rows);
-  }
-}
+#include "integer_gemm.inc.h"
 
 // --- the table ---
 
 // Below these, decoding every row again for four tokens at a time is cheaper than half-empty vectors of tokens.
 bool tile512(const Job& j) { return is_integer(j) ? j.m >= 12 : j.m >= 32; }
 
-int64_t tokens512(const Job& j) {
-  if (!j.tiled || !is_integer(j)) return tokens(j);
-  return j.int8_activations ? TOKENS<1> : TOKENS<2>;
-}
+int64_t tokens512(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
 
-size_t prepared_bytes512(const Job& j) {
-  if (!j.tiled || !is_integer(j)) return prepared_bytes(j);
-  size_t unit = j.int8_activations ? unit_bytes<1>(j) : unit_bytes<2>(j);
-  return (j.m + tokens512(j) - 1) / tokens512(j) * unit;
-}
+size_t prepared_bytes512(const Job& j) { return is_integer_gemm(j) ? integer_prepared_bytes(j) : prepared_bytes(j); }
 
 void prepare512(const Job& j, int64_t unit) {
-  if (!j.tiled && j.format->kind == ZP_CODEBOOK) return prepare_codebook(j, unit);
-  if (!j.tiled || !is_integer(j)) return prepare(j, unit);
-  return j.int8_activations ? prepare_gemm_integer<1>(j, unit) : prepare_gemm_integer<2>(j, unit);
+  if (is_integer_gemm(j)) return prepare_integer(j, unit);
+  if (is_decoded(j)) return prepare_decoded(j, unit);
+  prepare(j, unit);
 }
 
 size_t scratch_bytes512(const Job& j, int64_t rows) {
-  if (!j.tiled || !is_integer(j)) return scratch_bytes(j, rows) + 4 * (round_up(j.blocks, W) + PAD);
-  int64_t groups = j.format->k / j.format->group_size;
-  return rows * (gemm_depth(j) + 8 * groups + 4 * TOKENS<1>)+256;
+  if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
+  return is_decoded(j) ? decoded_scratch_bytes(j) : scratch_bytes(j, rows);
 }
 
 void multiply512(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  bool decoded =
-      j.format->kind == ZP_CODEBOOK || j.format->kind == ZP_FLOAT8_E4M3FN || j.format->kind == ZP_FLOAT8_E5M2;
-  if (!j.tiled && decoded) return dot_decoded_rows(j, n0, n1, (float*)scratch);
-  if (!j.tiled || !is_integer(j)) return multiply(j, n0, n1, scratch);
-  return j.int8_activations ? gemm_integer_rows<1>(j, n0, n1, scratch) : gemm_integer_rows<2>(j, n0, n1, scratch);
+  if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
+  if (is_decoded(j)) return dot_decoded_rows(j, n0, n1, (float*)scratch);
+  multiply(j, n0, n1, scratch);
 }
 
 double peak512(int32_t what, int64_t repeats) {

@@ -14,21 +14,6 @@
 //   unpack, pack   codes of a packed row <-> one byte each
 //   struct Integer the dot product of codes and integer activations: CHUNK<BITS>, BYTES<BITS, P>, arrange, mac, scales
 
-// f(0), f(1) ... f(N - 1) with constant arguments, so that arrays indexed by them stay in registers. (g++ keeps an
-// array in memory as soon as one loop over it is not unrolled.)
-#define INLINE __attribute__((always_inline))
-template <int I>
-struct Index {
-  constexpr operator int() const { return I; }
-};
-template <int N, int I = 0, class Function>
-static inline INLINE void unroll(const Function& f) {
-  if constexpr (I < N) {
-    f(Index<I>());
-    unroll<N, I + 1>(f);
-  }
-}
-
 // --- weights ---
 
 static inline float scalar_f16(uint16_t h) {
@@ -312,42 +297,42 @@ static inline void put(const Job& j, int64_t m, int64_t n, float value) {
   }
 }
 
-// The scale of every block of a row, and of whole vectors past them 0.
-static inline void block_scales(const Job& j, int64_t n, float* scale) {
-  const zp_format& f = *j.format;
-  int64_t at = n * f.scale_stride, per_group = f.group_size / j.block;
-  if (per_group == 1 && f.scale_dtype == ZP_F16) {
-    const uint16_t* from = (const uint16_t*)j.scale + at;
-    int64_t b = 0;
-    for (; b + W <= j.blocks; b += W) store(scale + b, load_f16(from + b));
-    if (b < j.blocks) store(scale + b, load_f16_part(from + b, j.blocks - b));
-    return;
-  }
-  for (int64_t b = 0; b < j.blocks; b++) scale[b] = read_scale(f, j.scale, at + b / per_group);
-  for (int64_t b = j.blocks; b < round_up(j.blocks, W); b++) scale[b] = 0;
-}
+// Scales and zero points of the blocks of a row from b on: W of them, 0 past the last.
+struct Blocks {
+  const Job& j;
+  const zp_format& f;
+  int64_t per_group;
 
-// What to subtract for every block of a row: minus = scale * (2^(bits-1) + zero_point), and of whole vectors past them
-// 0.
-static inline void block_offsets(const Job& j, int64_t n, float half, const float* scale, float* minus) {
-  const zp_format& f = *j.format;
-  int64_t at = n * f.scale_stride, per_group = f.group_size / j.block, b = 0;
-  auto put = [&](F zero_point) INLINE { store(minus + b, mul(add(zero_point, set1(half)), load(scale + b))); };
-  if (!j.zero_point) {
-    for (; b < j.blocks; b += W) put(zero());
-  } else if (per_group == 1 && f.float_zero_point) {
-    const uint16_t* z = (const uint16_t*)j.zero_point + at;
-    for (; b + W <= j.blocks; b += W) put(load_f16(z + b));
-    if (b < j.blocks) put(load_f16_part(z + b, j.blocks - b));
-  } else if (per_group == 1) {
-    const int8_t* z = (const int8_t*)j.zero_point + at;
-    for (; b + W <= j.blocks; b += W) put(load_i8(z + b));
-    if (b < j.blocks) put(load_i8_part(z + b, j.blocks - b));
-  } else {
-    for (; b < j.blocks; b++) minus[b] = scale[b] * (half + read_zero_point(f, j.zero_point, at + b / per_group));
-    for (; b < round_up(j.blocks, W); b++) minus[b] = 0;
+  explicit Blocks(const Job& job) : j(job), f(*job.format), per_group(f.group_size / j.block) {}
+
+  inline INLINE F scales(int64_t n, int64_t b) const {
+    int64_t at = n * f.scale_stride, count = j.blocks - b;
+    if (per_group == 1 && f.scale_dtype == ZP_F16) {
+      const uint16_t* p = (const uint16_t*)j.scale + at + b;
+      return count >= W ? load_f16(p) : load_f16_part(p, count);
+    }
+    if (per_group == 1 && f.scale_dtype == ZP_F32 && count >= W) return load((const float*)j.scale + at + b);
+    alignas(64) float scale[W];
+    for (int64_t i = 0; i < W; i++) scale[i] = i < count ? read_scale(f, j.scale, at + (b + i) / per_group) : 0;
+    return load(scale);
   }
-}
+
+  inline INLINE F zero_points(int64_t n, int64_t b) const {
+    if (!j.zero_point) return zero();
+    int64_t at = n * f.scale_stride, count = j.blocks - b;
+    if (per_group == 1 && f.float_zero_point) {
+      const uint16_t* p = (const uint16_t*)j.zero_point + at + b;
+      return count >= W ? load_f16(p) : load_f16_part(p, count);
+    }
+    if (per_group == 1) {
+      const int8_t* p = (const int8_t*)j.zero_point + at + b;
+      return count >= W ? load_i8(p) : load_i8_part(p, count);
+    }
+    alignas(64) float z[W];
+    for (int64_t i = 0; i < W; i++) z[i] = i < count ? read_zero_point(f, j.zero_point, at + (b + i) / per_group) : 0;
+    return load(z);
+  }
+};
 
 // Rows [n0, n1) times MR tokens from m0 on.
 template <int BITS, int P, int MR>
@@ -366,9 +351,9 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
     factor[r] = by_row ? t[r].scale : scratch + r * stride;
     for (int64_t b = 0; by_row && b < j.blocks; b++) token_sum[r] += t[r].sum[b];
   }
-  float* scale = scratch + MR * stride;
-  float* minus = scale + stride;
-  float half = (float)(1 << (BITS - 1));
+  const F half = set1((float)(1 << (BITS - 1)));
+  const Blocks blocks(j);
+  const Integer::Lanes<BITS> lanes(j.block);
   for (int64_t n = n0; n < n1; n++) {
     F total[MR];  // starts at minus the correction of every block
     float row_scale = 1, correction = 0;
@@ -377,19 +362,16 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
       correction = offset_of(w, n, 0);
       unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
     } else {  // factor = scale * x_scale; correction = sum of scale * offset * x_sum
-      block_scales(j, n, scale);
-      block_offsets(j, n, half, scale, minus);
-      for (int r = 0; r < MR; r++) {
-        F sums = zero();
-        for (int64_t b = 0; b < j.blocks; b += W) {
-          store(scratch + r * stride + b, mul(load(scale + b), load(t[r].scale + b)));
-          sums = fma(load(minus + b), load(t[r].sum + b), sums);
-        }
-        total[r] = sub(zero(), sums);
+      unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
+      for (int64_t b = 0; b < j.blocks; b += W) {
+        F scale = blocks.scales(n, b), minus = mul(add(blocks.zero_points(n, b), half), scale);
+        unroll<MR>([&](auto r) INLINE {
+          store(scratch + r * stride + b, mul(scale, load(t[r].scale + b)));
+          total[r] = sub(total[r], mul(minus, load(t[r].sum + b)));
+        });
       }
     }
     const uint8_t* p = j.packed + n * j.row_bytes;
-    const Integer::Lanes<BITS> lanes(j.block);
     for (int64_t c = 0; c < chunks - 1; c++) {
       __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
       auto codes = Integer::codes<BITS>(p + c * CHUNK_BYTES);
@@ -734,7 +716,7 @@ static int64_t rows(const Job& j, int32_t threads) {
 
 static size_t scratch_bytes(const Job& j, int64_t rows) {
   if (j.tiled) return rows * (DEPTH + round_up(j.m, TILE_M)) * 4;
-  if (is_integer(j)) return 6 * (round_up(j.blocks, W) + PAD) * 4;
+  if (is_integer(j)) return 4 * (round_up(j.blocks, W) + PAD) * 4;
   return round_up(j.format->k, 128) * 4;
 }
 

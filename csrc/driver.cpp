@@ -19,8 +19,9 @@ namespace {
 
 constexpr int64_t TOKENS_AT_ONCE = 1024;  // bounds the memory that prepared activations take
 constexpr size_t KEEP_BYTES = 64 << 20;   // a thread's workspace larger than this is given back after the call
-constexpr int64_t SERIAL_BYTES =
-    48 << 10;  // weight bytes times tokens below which waking threads costs more than it gives
+// Weight bytes times tokens below which a second thread costs more than it gives, and below which one that sleeps does:
+// by the time it is awake, tens of microseconds later, such a job is done.
+constexpr int64_t SERIAL_BYTES = 48 << 10, WAKE_BYTES = 1 << 20;
 
 // Memory that a calling thread keeps between calls.
 struct Workspace {
@@ -81,7 +82,8 @@ int linear(Job job, int32_t threads) {
   job.block = activation_block(f, job.int8_activations);
   job.blocks = job.block > f.k ? 1 : (f.k + job.block - 1) / job.block;
   job.tiled = isa.tile(job);
-  if (job.row_bytes * f.n * job.m < SERIAL_BYTES) threads = 1;
+  int64_t bytes = job.row_bytes * f.n * job.m;
+  if (bytes < SERIAL_BYTES) threads = 1;
   Multiply context = {&job, &isa, isa.rows(job, threads)};
   int64_t chunks = (f.n + context.rows - 1) / context.rows;
   if (threads > chunks) threads = (int32_t)chunks;
@@ -91,8 +93,9 @@ int linear(Job job, int32_t threads) {
   if (!job.prepared) return ZP_NO_MEMORY;
   job.scratch = job.prepared + prepared;
   int64_t units = (job.m + isa.tokens(job) - 1) / isa.tokens(job);
-  parallel(job.m * f.k < (1 << 15) ? 1 : threads, units, run_prepare, &context);
-  parallel(threads, chunks, run_multiply, &context);
+  bool wake = bytes >= WAKE_BYTES;
+  parallel(job.m * f.k < (1 << 15) ? 1 : threads, units, run_prepare, &context, wake);
+  parallel(threads, chunks, run_multiply, &context, wake);
   workspace.trim();
   return ZP_OK;
 }

@@ -78,7 +78,7 @@ struct Pool {
     }
   }
 
-  void call(int32_t threads, int64_t count, Chunk function, void* argument) {
+  void call(int32_t threads, int64_t count, Chunk function, void* argument, bool wake_them) {
     start(threads);
     run.store(function, std::memory_order_relaxed);
     context.store(argument, std::memory_order_relaxed);
@@ -86,7 +86,7 @@ struct Pool {
     unfinished.store((uint32_t)count, std::memory_order_relaxed);
     uint64_t epoch = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(epoch << 32 | (uint64_t)count, std::memory_order_seq_cst);
-    if (sleeping.load(std::memory_order_seq_cst) > 0) {
+    if (wake_them && sleeping.load(std::memory_order_seq_cst) > 0) {
       std::lock_guard<std::mutex> lock(sleep);
       wake.notify_all();
     }
@@ -116,10 +116,10 @@ struct Start {
 
 }  // namespace
 
-void parallel(int32_t threads, int64_t count, Chunk run, void* context) {
+void parallel(int32_t threads, int64_t count, Chunk run, void* context, bool wake) {
   if (threads > MOST_WORKERS) threads = MOST_WORKERS;
   if (threads > 1 && count > 1 && count < ((int64_t)1 << 31) && pool->caller.try_lock()) {
-    pool->call(threads, count, run, context);
+    pool->call(threads, count, run, context, wake);
     pool->caller.unlock();
     return;
   }

@@ -1,5 +1,6 @@
 // Plain C++: what every other instruction set is compared with, and what runs where there is none of them.
 #include "kernels.h"
+#include "unroll.h"
 
 namespace zp {
 namespace {
