@@ -93,9 +93,9 @@ int linear(Job job, int32_t threads) {
   if (!job.prepared) return ZP_NO_MEMORY;
   job.scratch = job.prepared + prepared;
   int64_t units = (job.m + isa.tokens(job) - 1) / isa.tokens(job);
-  bool wake = bytes >= WAKE_BYTES;
-  parallel(job.m * f.k < (1 << 15) ? 1 : threads, units, run_prepare, &context, wake);
-  parallel(threads, chunks, run_multiply, &context, wake);
+  Help help = job.tiled ? Help::openmp : bytes >= WAKE_BYTES ? Help::woken : Help::awake;
+  parallel(job.m * f.k < (1 << 15) ? 1 : threads, units, run_prepare, &context, help);
+  parallel(threads, chunks, run_multiply, &context, help);
   workspace.trim();
   return ZP_OK;
 }

@@ -59,8 +59,12 @@ enum { ZP_PEAK_FLOAT32, ZP_PEAK_BYTES, ZP_PEAK_BFLOAT16 };  // multiply-adds cou
 extern const Isa scalar, avx2, avx512, amx;
 
 // Chunks 0 .. count - 1 of run(context, chunk, worker), worker in 0 .. threads - 1. Returns when all are done.
-// wake: also call workers that sleep; those that are still looking for work take part anyway.
+enum class Help {
+  awake,   // from the pool's workers that are still looking for work
+  woken,   // from those that sleep too
+  openmp,  // from the threads of torch's operators, or the pool's where there are none
+};
 using Chunk = void (*)(void* context, int64_t chunk, int32_t worker);
-void parallel(int32_t threads, int64_t count, Chunk run, void* context, bool wake = true);
+void parallel(int32_t threads, int64_t count, Chunk run, void* context, Help help = Help::woken);
 
 }  // namespace zp

@@ -1,7 +1,9 @@
 // A small pool of threads whose work is counted in chunks, not in threads: whoever is awake takes the next chunk, and
 // a call returns when all chunks are done, so a worker that the machine has put aside costs nothing unless it was put
 // aside in the middle of a chunk. (An OpenMP barrier waits for every thread: a scheduler slice on a busy machine.)
+#include <dlfcn.h>
 #include <pthread.h>
+#include <time.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -105,23 +107,83 @@ struct Pool {
 alignas(Pool) unsigned char storage[sizeof(Pool)];
 Pool* pool = nullptr;
 
-void make_pool() { pool = new (storage) Pool; }  // in a forked child: the parent's workers are not there
+// --- OpenMP's threads, where the process has some (torch's): found, never linked ---
+//
+// Between torch's operators they spin on the cores that the pool's workers need. Its regions end with a barrier,
+// though: where a thread comes more than LATE after the last chunk was done, for a quarter of the region or more, the
+// machine is busy, and the next AVOID jobs are the pool's.
+
+using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Region gomp_parallel = nullptr;
+std::atomic<int32_t> avoid{0};
+
+constexpr int64_t LATE = 200000;  // nanoseconds
+constexpr int32_t AVOID = 100;
+
+int64_t now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * (int64_t)1000000000 + t.tv_nsec;
+}
+
+struct Team {
+  Chunk run;
+  void* context;
+  int64_t count;
+  std::atomic<int64_t> next{0}, unfinished{count}, finished{0};
+  std::atomic<int32_t> entered{0};
+};
+
+void take_chunks(void* argument) {
+  Team& team = *(Team*)argument;
+  int32_t worker = team.entered.fetch_add(1);
+  for (int64_t i; (i = team.next.fetch_add(1)) < team.count;) {
+    team.run(team.context, i, worker);
+    if (team.unfinished.fetch_sub(1) == 1) team.finished.store(now());
+  }
+}
+
+bool with_openmp(int32_t threads, int64_t count, Chunk run, void* context) {
+  if (!gomp_parallel) return false;
+  int32_t left = avoid.load(std::memory_order_relaxed);
+  if (left > 0) {
+    avoid.store(left - 1, std::memory_order_relaxed);
+    return false;
+  }
+  Team team = {run, context, count};
+  int64_t begin = now();
+  gomp_parallel(take_chunks, &team, (unsigned)threads, 0);
+  int64_t end = now(), late = end - team.finished.load();
+  if (late > LATE && 4 * late > end - begin) avoid.store(AVOID, std::memory_order_relaxed);
+  return true;
+}
+
+void make_pool() { pool = new (storage) Pool; }
+
+void after_fork() {  // the parent's workers are not there, of neither kind
+  make_pool();
+  gomp_parallel = nullptr;
+}
 
 struct Start {
   Start() {
     make_pool();
-    pthread_atfork(nullptr, nullptr, make_pool);
+    gomp_parallel = (Region)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    pthread_atfork(nullptr, nullptr, after_fork);
   }
 } start;
 
 }  // namespace
 
-void parallel(int32_t threads, int64_t count, Chunk run, void* context, bool wake) {
+void parallel(int32_t threads, int64_t count, Chunk run, void* context, Help help) {
   if (threads > MOST_WORKERS) threads = MOST_WORKERS;
-  if (threads > 1 && count > 1 && count < ((int64_t)1 << 31) && pool->caller.try_lock()) {
-    pool->call(threads, count, run, context, wake);
-    pool->caller.unlock();
-    return;
+  if (threads > 1 && count > 1 && count < ((int64_t)1 << 31)) {
+    if (help == Help::openmp && with_openmp(threads, count, run, context)) return;
+    if (pool->caller.try_lock()) {
+      pool->call(threads, count, run, context, help != Help::awake);
+      pool->caller.unlock();
+      return;
+    }
   }
   for (int64_t i = 0; i < count; i++) run(context, i, 0);
 }
