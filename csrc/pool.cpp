@@ -178,9 +178,9 @@ struct Start {
 void parallel(int32_t threads, int64_t count, Chunk run, void* context, Help help) {
   if (threads > MOST_WORKERS) threads = MOST_WORKERS;
   if (threads > 1 && count > 1 && count < ((int64_t)1 << 31)) {
-    if (help == Help::openmp && with_openmp(threads, count, run, context)) return;
+    if (help == Help::called && with_openmp(threads, count, run, context)) return;
     if (pool->caller.try_lock()) {
-      pool->call(threads, count, run, context, help != Help::awake);
+      pool->call(threads, count, run, context, help == Help::called);
       pool->caller.unlock();
       return;
     }
