@@ -185,6 +185,12 @@ class Scheme:
         >>> str(Scheme.of("int4", group_size=-1, symmetric=True))
         'int4 per channel'
         """
+        if isinstance(format, Scheme):
+            raise RecipeError(
+                f"{format} is a Scheme, which belongs in a recipe's rules; weights takes a "
+                f"format's name, with the options beside it: weights='{format.format}', "
+                "group_size=64"
+            )
         fmt = get_format(format)
         size = fmt.group_size if group_size is None else group_size
         if size == PER_CHANNEL:

@@ -137,6 +137,11 @@ def test_an_unknown_format_is_refused_with_the_nearest():
     refused(Block(), UnknownNameError, "'int9' is not a format; close: 'int8'", weights="int9")
 
 
+def test_a_scheme_for_weights_is_refused_with_what_to_write():
+    message = "int4 g32 asymmetric is a Scheme, .* with the options beside it: weights='int4', "
+    refused(Block(), RecipeError, message, weights=Scheme.of("int4"))
+
+
 # --- rules that decide nothing --------------------------------------------------------------------
 
 
