@@ -580,83 +580,120 @@ struct Levels {  // of a codebook, in ascending order, with the midpoints betwee
   }
 };
 
+struct Range {
+  float low, high;
+};
+
+// The least and the greatest of x. False when one of them is NaN or infinite.
+static inline bool find_range(const float* x, int64_t count, Range* range) {
+  float low = x[0], high = x[0];
+  int64_t i = 0;
+  if (count >= W) {
+    F least = load(x), most = least, sane = zero();
+    for (; i + W <= count; i += W) {
+      F v = load(x + i);
+      least = min(least, v), most = max(most, v), sane = fma(v, zero(), sane);
+    }
+    low = smallest(least), high = highest(most);
+    if (!(sum(sane) == 0)) return false;  // Inf * 0 and NaN * 0 are NaN
+  }
+  for (; i < count; i++) {
+    if (!(x[i] - x[i] == 0)) return false;
+    low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+  }
+  *range = {low, high};
+  return true;
+}
+
+struct Grid {
+  float scale, zero;
+};
+
+static inline Grid asymmetric_grid(const zp_format& f, Range range) {
+  double levels = (double)((1 << f.bits) - 1), q_min = -(double)(1 << (f.bits - 1));
+  double r_min = range.low < 0 ? range.low : 0.0, r_max = range.high > 0 ? range.high : 0.0, spread = r_max - r_min;
+  double magnitude = __builtin_fabs((double)range.high);
+  if (range.low == range.high && range.high != 0 && magnitude <= stored_max(f.scale_dtype)) {  // constant: exact
+    return {scale_up(magnitude, f.scale_dtype), 0};
+  }
+  float scale = scale_up(spread > 0 ? spread / levels : 1.0, f.scale_dtype);
+  return {scale, (float)__builtin_rint(q_min - r_min / (double)scale)};
+}
+
+// below, above: how far the grid reaches at scale 1.
+static inline Grid symmetric_grid(const zp_format& f, Range range, const float* x, int64_t count, double below,
+                                  double above) {
+  double low = -(double)range.low, high = (double)range.high, magnitude = low > high ? low : high;
+  bool one_magnitude = magnitude <= stored_max(f.scale_dtype) && below >= 1 && above >= 1;
+  for (int64_t i = 0; one_magnitude && i < count; i++) {
+    one_magnitude = x[i] == 0 || __builtin_fabs((double)x[i]) == magnitude;
+  }
+  double none = f.kind == ZP_CODEBOOK ? 0.0 : 1.0;  // the scale of zeros
+  double spread = low / below > high / above ? low / below : high / above;
+  return {scale_up(magnitude > 0 ? one_magnitude ? magnitude : spread : none, f.scale_dtype), 0};
+}
+
+static inline void integer_codes(const zp_format& f, Grid grid, const float* x, int64_t count, uint8_t* codes) {
+  float shift = grid.zero + (float)(1 << (f.bits - 1)), top = (float)((1 << f.bits) - 1);
+  F divisor = set1(grid.scale);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    F code = add(round_even(div(load(x + i), divisor)), set1(shift));
+    store_u8(codes + i, min(max(code, zero()), set1(top)));
+  }
+  for (; i < count; i++) {
+    float code = __builtin_rintf(x[i] / grid.scale) + shift;
+    codes[i] = (uint8_t)(code < 0 ? 0 : code > top ? top : code);
+  }
+}
+
+static inline void codebook_codes(const Levels& levels, Grid grid, const float* x, int64_t count, uint8_t* codes) {
+  float reciprocal = 1.0f / grid.scale;
+  F factor = set1(reciprocal);
+  int64_t i = 0;
+  for (; i + W <= count; i += W) {
+    F v = mul(load(x + i), factor), index = zero();
+    for (int l = 0; l + 1 < levels.count; l++) index = add(index, one_where_above(v, set1(levels.midpoint[l])));
+    store_u8(codes + i, index);
+  }
+  for (; i < count; i++) {
+    codes[i] = 0;
+    for (int l = 0; l + 1 < levels.count; l++) codes[i] += x[i] * reciprocal > levels.midpoint[l];
+  }
+  for (i = 0; i < count; i++) codes[i] = levels.code[codes[i]];
+}
+
+// Three passes over the row: what follows from one group is a long chain of divisions, and those of different groups
+// overlap only when they stand side by side.
 static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t row, uint8_t* packed, void* scale,
                   int8_t* zero_point) {
-  int64_t k = f.k, padded = round_up(k, 64);
+  int64_t k = f.k, padded = round_up(k, 64), size = f.group_size, groups = (k + size - 1) / size;
   float* x = (float*)__builtin_alloca((padded + 64) * 4);
   uint8_t* codes = (uint8_t*)__builtin_alloca(padded + 64);
+  Range* ranges = (Range*)__builtin_alloca(groups * sizeof(Range));
+  Grid* grids = (Grid*)__builtin_alloca(groups * sizeof(Grid));
   to_f32((const uint8_t*)weight + row * k * (dtype == ZP_F32 ? 4 : 2), dtype, k, x);
-  double q_max = (double)((1 << (f.bits - 1)) - 1), q_min = -(double)(1 << (f.bits - 1));
-  float half = (float)(1 << (f.bits - 1)), top = (float)((1 << f.bits) - 1);
   const Levels levels(f.levels);
-  double below = q_max, above = q_max;  // how far the symmetric grid reaches at scale 1
+  double below = (double)((1 << (f.bits - 1)) - 1), above = below;
   if (f.kind == ZP_CODEBOOK) below = -(double)levels.lowest, above = (double)levels.highest;
-  for (int64_t begin = 0, group = 0; begin < k; begin += f.group_size, group++) {
-    int64_t end = begin + f.group_size, i = begin, at = row * f.scale_stride + group;
-    float low = x[begin], high = x[begin];
-    if (end - begin >= W) {
-      F least = load(x + i), most = least, sane = zero();
-      for (; i + W <= end; i += W) {
-        F v = load(x + i);
-        least = min(least, v), most = max(most, v), sane = fma(v, zero(), sane);
-      }
-      low = smallest(least), high = highest(most);
-      if (!(sum(sane) == 0)) return ZP_BAD_ARGUMENT;  // Inf * 0 and NaN * 0 are NaN
-    }
-    for (; i < end; i++) {
-      if (!(x[i] - x[i] == 0)) return ZP_BAD_ARGUMENT;
-      low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
-    }
-    // From half of the dtype's range on, the grid's end may lie beyond it: left to zeropoint.numerics.
-    double range = stored_max(dtype) / 2;
-    if (-(double)low >= range || (double)high >= range) return ZP_BAD_ARGUMENT;
-    float s, z = 0;
-    if (zero_point) {
-      double r_min = low < 0 ? low : 0.0, r_max = high > 0 ? high : 0.0, spread = r_max - r_min;
-      s = scale_up(spread > 0 ? spread / (q_max - q_min) : 1.0, f.scale_dtype);
-      z = (float)__builtin_rint(q_min - r_min / (double)s);
-      double magnitude = __builtin_fabs((double)high);
-      if (low == high && high != 0 && magnitude <= stored_max(f.scale_dtype)) {  // constant: exact
-        s = scale_up(magnitude, f.scale_dtype), z = 0;
-      }
-      zero_point[at] = (int8_t)z;
-    } else {
-      double magnitude = -(double)low > (double)high ? -(double)low : (double)high;
-      bool one_magnitude = magnitude <= stored_max(f.scale_dtype) && below >= 1 && above >= 1;
-      for (int64_t c = begin; one_magnitude && c < end; c++) {
-        one_magnitude = x[c] == 0 || __builtin_fabs((double)x[c]) == magnitude;
-      }
-      double none = f.kind == ZP_CODEBOOK ? 0.0 : 1.0;  // the scale of zeros
-      double spread = -(double)low / below > (double)high / above ? -(double)low / below : (double)high / above;
-      s = scale_up(magnitude > 0 ? one_magnitude ? magnitude : spread : none, f.scale_dtype);
-    }
-    if (!(s <= stored_max(f.scale_dtype))) return ZP_BAD_ARGUMENT;
-    put_scale(scale, at, f.scale_dtype, s);
-    i = begin;
+  // From half of the dtype's range on, the grid's end may lie beyond it: left to zeropoint.numerics.
+  float limit = (float)(stored_max(dtype) / 2);
+  for (int64_t g = 0; g < groups; g++) {
+    if (!find_range(x + g * size, size, ranges + g)) return ZP_BAD_ARGUMENT;
+    if (-ranges[g].low >= limit || ranges[g].high >= limit) return ZP_BAD_ARGUMENT;
+  }
+  for (int64_t g = 0; g < groups; g++) {
+    grids[g] =
+        zero_point ? asymmetric_grid(f, ranges[g]) : symmetric_grid(f, ranges[g], x + g * size, size, below, above);
+    if (!(grids[g].scale <= stored_max(f.scale_dtype))) return ZP_BAD_ARGUMENT;
+    put_scale(scale, row * f.scale_stride + g, f.scale_dtype, grids[g].scale);
+    if (zero_point) zero_point[row * f.scale_stride + g] = (int8_t)grids[g].zero;
+  }
+  for (int64_t g = 0; g < groups; g++) {
     if (f.kind == ZP_INTEGER) {
-      float shift = z + half;
-      F divisor = set1(s);
-      for (; i + W <= end; i += W) {
-        F code = add(round_even(div(load(x + i), divisor)), set1(shift));
-        store_u8(codes + i, min(max(code, zero()), set1(top)));
-      }
-      for (; i < end; i++) {
-        float code = __builtin_rintf(x[i] / s) + shift;
-        codes[i] = (uint8_t)(code < 0 ? 0 : code > top ? top : code);
-      }
+      integer_codes(f, grids[g], x + g * size, size, codes + g * size);
     } else {
-      float reciprocal = 1.0f / s;
-      F factor = set1(reciprocal);
-      for (; i + W <= end; i += W) {
-        F v = mul(load(x + i), factor), index = zero();
-        for (int l = 0; l + 1 < levels.count; l++) index = add(index, one_where_above(v, set1(levels.midpoint[l])));
-        store_u8(codes + i, index);
-      }
-      for (; i < end; i++) {
-        codes[i] = 0;
-        for (int l = 0; l + 1 < levels.count; l++) codes[i] += x[i] * reciprocal > levels.midpoint[l];
-      }
-      for (i = begin; i < end; i++) codes[i] = levels.code[codes[i]];
+      codebook_codes(levels, grids[g], x + g * size, size, codes + g * size);
     }
   }
   pack(codes, f.bits, k, packed + row * packed_row_bytes(f));
