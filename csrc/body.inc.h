@@ -667,7 +667,7 @@ static inline void codebook_codes(const Levels& levels, Grid grid, const float* 
 // overlap only when they stand side by side.
 static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t row, uint8_t* packed, void* scale,
                   int8_t* zero_point) {
-  int64_t k = f.k, padded = round_up(k, 64), size = f.group_size, groups = (k + size - 1) / size;
+  int64_t k = f.k, padded = round_up(k, 64), size = f.group_size, groups = k / size;
   float* x = (float*)__builtin_alloca((padded + 64) * 4);
   uint8_t* codes = (uint8_t*)__builtin_alloca(padded + 64);
   Range* ranges = (Range*)__builtin_alloca(groups * sizeof(Range));

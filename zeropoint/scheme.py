@@ -187,9 +187,8 @@ class Scheme:
         """
         if isinstance(format, Scheme):
             raise RecipeError(
-                f"{format} is a Scheme, which belongs in a recipe's rules; weights takes a "
-                f"format's name, with the options beside it: weights='{format.format}', "
-                "group_size=64"
+                f"{format} is a Scheme, which belongs in a recipe's rules; write "
+                f"weights='{format.format}', with options such as group_size= beside it"
             )
         fmt = get_format(format)
         size = fmt.group_size if group_size is None else group_size

@@ -138,7 +138,7 @@ def test_an_unknown_format_is_refused_with_the_nearest():
 
 
 def test_a_scheme_for_weights_is_refused_with_what_to_write():
-    message = "int4 g32 asymmetric is a Scheme, .* with the options beside it: weights='int4', "
+    message = "int4 g32 asymmetric is a Scheme, .*; write weights='int4', with options such as "
     refused(Block(), RecipeError, message, weights=Scheme.of("int4"))
 
 
