@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.models import ARCHITECTURES, build, example_inputs, perceptron
 from zeropoint.model import capture
-from zeropoint.model.capture import advance, chains, enter, input_of, is_linear, sharing, tokens_of
+from zeropoint.model.capture import chains, enter, input_of, is_linear, sharing, tokens_of
+from zeropoint.model.passage import Passage
 
 
 def wanted(model):
@@ -67,7 +68,7 @@ def test_running_the_blocks_one_by_one_is_running_the_model(name):
             capture.run_model(model, one)
         handle.remove()
         for index, block in enumerate(modules):
-            advance(stream, index, block)
+            Passage(block, index, stream).advance()
         for found, expected in zip(stream.hidden, seen, strict=True):
             torch.testing.assert_close(found, expected)
 

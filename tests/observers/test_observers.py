@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zeropoint.observers import CrossObserver, HessianObserver, MeanSquareObserver
+from zeropoint.observers.hessian import ROWS
 
 X = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
 Y = X + 0.1 * torch.randn(30, 6, generator=torch.Generator().manual_seed(1))
@@ -20,6 +21,15 @@ def test_a_hessian_is_the_mean_of_outer_products():
     expected = (sum(torch.outer(x, x) for x in X.double()) / 30).float()
     torch.testing.assert_close(found.matrix, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(found.matrix, found.matrix.T)
+
+
+def test_a_hessian_of_more_columns_than_are_summed_at_a_time_is_whole():
+    x = torch.randn(40, 2 * ROWS + 5, generator=torch.Generator().manual_seed(2))
+    observer = HessianObserver(x.shape[1])
+    observer.update(x)
+    found, _ = observer.result()
+    torch.testing.assert_close(found.double(), x.double().T @ x.double() / 40, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[:ROWS, ROWS:], found[ROWS:, :ROWS].T)
 
 
 def test_bfloat16_inputs_are_summed_in_float32():

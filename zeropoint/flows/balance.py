@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from zeropoint.algorithms.fold import balance
 from zeropoint.model import capture, graph
-from zeropoint.model.capture import Stream, first_of, tokens_of
+from zeropoint.model.capture import first_of, tokens_of
+from zeropoint.model.passage import Passage
 from zeropoint.observers import MeanSquareObserver
 
 FOLD_TOKENS = 2048  # enough for a mean square of each channel
@@ -26,9 +27,7 @@ class Balanced(NamedTuple):
 
 @torch.no_grad()
 def balance_block(
-    block: nn.Module,
-    index: int,
-    stream: Stream,
+    passage: Passage,
     groups: list[list[nn.Module]],
     known: Sequence[graph.Fold],
     dtypes: dict[str, torch.dtype],
@@ -45,9 +44,9 @@ def balance_block(
     """
 
     def run() -> tuple[Tensor, Tensor]:
-        return example, first_of(one_example(stream, index).run(block, example))
+        return passage.example, first_of(passage.run_example())
 
-    example = stream.hidden[0][:1]
+    block = passage.block
     names = {m: n for n, m in block.named_modules()}
     mine = {tuple(names[m] for m in g): g for g in groups if all(may_change(m) for m in g)}
     modules = dict(block.named_modules())
@@ -61,16 +60,17 @@ def balance_block(
         folds = graph.find_folds(block, groups, run, may_change, seed=seed)
     folds = [f for f in folds if any(helped(m) for m in mine[f.consumers])]
     observers = {
-        mine[f.consumers][0]: MeanSquareObserver(len(f.channel), example.device) for f in folds
+        mine[f.consumers][0]: MeanSquareObserver(len(f.channel), passage.example.device)
+        for f in folds
     }
     seen = 0
-    for i in range(len(stream.hidden)):
+    for i in range(len(passage)):
         if seen >= FOLD_TOKENS or not folds:
             break
-        inputs = capture.inputs_of(observers, partial(stream.run, i, index, block))
+        inputs = capture.inputs_of(observers, partial(passage.run, i))
         for module, x in inputs.items():
-            observers[module].update(tokens_of(x, stream.keep[i]))
-        seen += stream.hidden[i].shape[:-1].numel()
+            observers[module].update(tokens_of(x, passage.stream.keep[i]))
+        seen += passage.stream.hidden[i].shape[:-1].numel()
     done = []
     for fold in folds:
         group = mine[fold.consumers]
@@ -81,23 +81,6 @@ def balance_block(
             factors = _storable(producer, fold, factors, dtypes[f"{fold.producer}.weight"])
             done.append(Balanced(fold, graph.apply(block, fold, factors)))
     return done
-
-
-def one_example(stream: Stream, index: int) -> capture.Call:
-    """The call for the first example of the first batch: tensors of a row per example are cut."""
-    size = stream.hidden[0].shape[0]
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == size:
-            return value[:1]
-        if isinstance(value, tuple):
-            return tuple(cut(v) for v in value)
-        return value
-
-    call = stream.calls[0][index]
-    return capture.Call(
-        tuple(cut(a) for a in call.args), {k: cut(v) for k, v in call.kwargs.items()}
-    )
 
 
 def _factors(

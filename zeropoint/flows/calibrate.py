@@ -4,10 +4,11 @@ quantized already, make of the calibration data.
     embeddings -> block 1 -> block 2 ... -> what is in no block
 
 Inside a block the layers go in the order in which they run; those that read one tensor share its
-Hessian. A forward pass ends where the layer of interest begins, so this costs little more than one
-pass. In memory at any time: one block, the hidden states between two blocks, one Hessian (when
-errors are propagated: the block and the hidden states as they were before, too). Where the other
-blocks are meanwhile, and hidden states, is a `Residence`'s business.
+Hessian. A `Passage` shows each its inputs, for little more than the cost of one pass. In memory at
+any time: one block, the hidden states between two blocks, one Hessian (when errors are propagated:
+the block and the hidden states as they were before, too), and 256 MiB at most of what goes through
+parts of the block. Where the other blocks are meanwhile, and hidden states, is a `Residence`'s
+business.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,13 @@ from zeropoint.algorithms.choice import Choice, Moments, measured
 from zeropoint.algorithms.fold import helps, propagated
 from zeropoint.algorithms.search import search
 from zeropoint.errors import ZeropointError
-from zeropoint.flows.balance import Balanced, balance_block, one_example
+from zeropoint.flows.balance import Balanced, balance_block
 from zeropoint.flows.data import Calibration, Prepared
 from zeropoint.flows.report import LayerReport
 from zeropoint.flows.residence import Passed, Residence
 from zeropoint.model import capture, graph
 from zeropoint.model.capture import Batch, Stream, tokens_of
+from zeropoint.model.passage import Passage, find_parts
 from zeropoint.model.replace import replace_module
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QModule
@@ -45,13 +47,6 @@ from zeropoint.scheme import Scheme
 TOGETHER_ELEMENTS = 1 << 22  # of weights so small that several at a time are faster than each alone
 KEPT_BACK = 1 / 8  # of the batches, where an algorithm judges codes by inputs it has not seen
 DRIFT_EVERY = 2  # batch: what drift is measured on, for half the cost of all and no more error
-
-
-class _Original(NamedTuple):
-    """A block and its inputs before anything was quantized, of every `DRIFT_EVERY`th batch."""
-
-    block: nn.Module
-    stream: Stream
 
 
 @dataclass
@@ -305,37 +300,37 @@ def _chain(work: _Work, blocks: list[nn.Module], stream: Stream) -> None:
     while busy and not busy[-1]:
         busy.pop()  # nothing behind the last layer to quantize needs to run
     for index, block in enumerate(blocks[: len(busy)]):
-        original = None  # that of the block before is wanted no more
+        passage, original = Passage(block, index, stream), None  # those of the block before go
         earlier = work.residence.enter(block)
         kept = {k: t.dtype for k, t in (*block.named_parameters(), *block.named_buffers())}
         block.float()
         if floats is not None:
-            original = _Original(work.residence.original(block), floats)
+            original = Passage(work.residence.original(block), index, floats)
         try:
             if earlier is not None:
-                passed = _again(work, block, index, stream, earlier)
+                passed = _again(work, passage, earlier)
             elif busy[index]:
-                passed = _block(work, block, index, stream, original, folds, kept)
+                passed = _block(work, passage, original, folds, kept)
             else:
-                capture.advance(stream, index, block)
+                passage.advance()
                 passed = Passed(layers=(), folds=())
             if original is not None:
-                capture.advance(original.stream, index, original.block)
+                original.advance()
         finally:
             _narrow(block, kept)
         folds = passed.folds or folds
         work.residence.leave(block, passed)
 
 
-def _again(work: _Work, block: nn.Module, index: int, stream: Stream, earlier: Passed) -> Passed:
+def _again(work: _Work, passage: Passage, earlier: Passed) -> Passed:
     """Move the stream behind a block that an earlier run has quantized. In place."""
-    modules = {n: m for n, m in block.named_modules() if m in work.live}
+    modules = {n: m for n, m in passage.block.named_modules() if m in work.live}
     for name, module in modules.items():
         if name in earlier.weights:
             work.chosen[work.tie[module]] = (work.live[module][0], earlier.weights[name])
     for module in modules.values():
         _use_image(module, work.codes(module))
-    capture.advance(stream, index, block)
+    passage.advance()
     for layer in earlier.layers:
         work.note(layer)
     for module in modules.values():
@@ -345,31 +340,28 @@ def _again(work: _Work, block: nn.Module, index: int, stream: Stream, earlier: P
 
 def _block(
     work: _Work,
-    block: nn.Module,
-    index: int,
-    stream: Stream,
-    original: _Original | None,
+    passage: Passage,
+    original: Passage | None,
     known: Sequence[graph.Fold],
     dtypes: dict[str, torch.dtype],
 ) -> Passed:
     """Quantize one block and move the stream behind it. In place.
 
+    original: the block and its inputs before anything was quantized, every `DRIFT_EVERY`th batch.
     known: edges of the block before.
     """
+    block = passage.block
     before = len(work.layers)
     names = {m: n for n, m in block.named_modules()}
     for module in block.modules():
         if module in work.live and not _pending(work, module):  # tied to an earlier layer
             _use_image(module, work.codes(module))
-    example = stream.hidden[0][:1]
-    groups = capture.sharing(block, lambda: one_example(stream, index).run(block, example))
+    groups = capture.sharing(block, passage.run_example)
     targets = [m for g in groups for m in g if m in work.live and _pending(work, m)]
     balanced: list[Balanced] = []
     if work.options.fold:
         balanced = balance_block(
-            block,
-            index,
-            stream,
+            passage,
             groups,
             known,
             dtypes,
@@ -377,6 +369,10 @@ def _block(
             helped=lambda m: helps(work.live[m][0].scheme.fmt),
             seed=work.options.seed,
         )
+    _round_kept(work, block, dtypes)
+    passage.parts = find_parts(block, groups, passage.run_example)
+    if original is not None:
+        original.parts = passage.parts
     folds = {c: one for one in balanced for c in one.fold.consumers}
     for group in groups:
         mine = [m for m in group if m in targets]
@@ -384,7 +380,7 @@ def _block(
             continue
         drifting = None if group is groups[-1] else original  # the last drift is not worth its cost
         moments, tokens = _statistics(
-            work, names[group[0]], index, block, stream, drifting, folds.get(names[group[0]])
+            work, names[group[0]], passage, drifting, folds.get(names[group[0]])
         )
         sets = _alike(work, mine)
         for alike, choices in zip(sets, _choose(work, sets, moments), strict=True):
@@ -396,8 +392,7 @@ def _block(
                 work.residence.chosen(work.live[module][0])
                 into = folds.get(names[module])
                 work.report(module, choice, tokens, into and into.fold.producer)
-    _round_kept(work, block, dtypes)
-    capture.advance(stream, index, block)
+    passage.advance()
     for module in block.modules():
         if module in work.live:
             _report_tied(work, module)
@@ -433,33 +428,29 @@ def _kept_back(work: _Work, batches: int) -> int:
 def _statistics(
     work: _Work,
     name: str,
-    index: int,
-    block: nn.Module,
-    stream: Stream,
-    original: _Original | None,
+    passage: Passage,
+    original: Passage | None,
     balanced: Balanced | None,
 ) -> tuple[Moments | None, int]:
     """Moments of a layer's inputs, and their number. None where no token reached the layer.
 
-    name: inside the block. balanced: how its inputs differ from the original's otherwise.
+    name: inside the block. original: as `_block` has it. balanced: how the layer's inputs differ
+    from the original's otherwise.
     """
-    module = block.get_submodule(name)
-    columns = graph.matrix(module).shape[1]
-    device = graph.matrix(module).device
+    matrix = graph.matrix(passage.block.get_submodule(name))
+    columns, device = matrix.shape[1], matrix.device
     observers = HessianObserver(columns, device), HessianObserver(columns, device)
     cross = CrossObserver(columns, device) if original is not None else None
-    fitted_to = len(stream.hidden) - _kept_back(work, len(stream.hidden))
-    for i in range(len(stream.hidden)):
-        x = capture.input_of(module, partial(stream.run, i, index, block))
+    fitted_to = len(passage) - _kept_back(work, len(passage))
+    for i in range(len(passage)):
+        x = passage.input_of(name, i)
         if x is None:
             continue
-        keep = stream.keep[i]
+        keep = passage.stream.keep[i]
         observers[i >= fitted_to].update(tokens_of(x, keep))
         kept_back = i >= fitted_to  # propagation would fit weights to these, too
         if not (cross is None or original is None or kept_back or i % DRIFT_EVERY):
-            twin = original.block.get_submodule(name)
-            run = partial(original.stream.run, i // DRIFT_EVERY, index, original.block)
-            before = capture.input_of(twin, run)
+            before = original.input_of(name, i // DRIFT_EVERY)
             if before is not None and before.shape == x.shape:
                 if balanced is not None:
                     before = before / balanced.columns

@@ -14,6 +14,7 @@ from zeropoint.flows.calibrate import DRIFT_EVERY, TOGETHER_ELEMENTS
 from zeropoint.flows.data import Calibration
 from zeropoint.flows.job import Job
 from zeropoint.flows.parts import chains_of, elements_of, is_embedding
+from zeropoint.model.passage import KEPT_BYTES
 
 FLOAT = 4  # bytes of float32, in which blocks, hidden states and solves are
 # Measured on blocks of K = 1024 to 8192 columns: float32 copies of what they are of.
@@ -69,7 +70,10 @@ def calibrated_bytes(
         block = FLOAT * elements_of(job, names) * (1 + originals)
         matrices = [n for n in names if n in qweights and len(qweights[n].shape) == 2]
         both = 2 * states + originals * states / DRIFT_EVERY
-        phases.append(codes + later + both + block + solve(matrices))
+        widest = FLOAT * how.tokens * max((qweights[n].shape[1] for n in matrices), default=0)
+        parts = min(KEPT_BYTES, states + widest)  # of an attention and a feed-forward network
+        before = originals * min(KEPT_BYTES, states / DRIFT_EVERY)
+        phases.append(codes + later + both + parts + before + block + solve(matrices))
     return int(max(phases))
 
 

@@ -157,13 +157,6 @@ def enter(
 
 
 @torch.no_grad()
-def advance(stream: Stream, index: int, block: nn.Module) -> None:
-    """Replace the hidden states by what the block makes of them. In place."""
-    for i in range(len(stream.hidden)):
-        stream.hidden[i] = first_of(stream.run(i, index, block))
-
-
-@torch.no_grad()
 def sharing(block: nn.Module, run: Callable[[], Any]) -> list[list[nn.Module]]:
     """The block's linear layers in the order in which they run, those with one input together.
 

@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from zeropoint.errors import StateError
 from zeropoint.model.capture import (
     Batch,
-    Stream,
-    advance,
     chains,
     enter,
     first_of,
@@ -36,6 +34,7 @@ from zeropoint.model.capture import (
     sharing,
 )
 from zeropoint.model.graph import Run, find_folds, is_norm, matrix, restored, unchanged
+from zeropoint.model.passage import Passage
 from zeropoint.model.residual import Gain, Residual, commutes, gain_of
 from zeropoint.numerics.hadamard import Rotation, rotation
 
@@ -176,7 +175,8 @@ def rotate_values(
             continue
         known: list[_Heads] = []
         for index, block in enumerate(blocks):
-            known = _heads(block, partial(_run, stream, index, block), known)
+            passage = Passage(block, index, stream)
+            known = _heads(block, partial(_run, passage), known)
             for values, output, size in known:
                 turn = rotation(size, seed + 1 + len(done))
                 _turn(block, (values, output, size), turn)
@@ -185,13 +185,13 @@ def rotate_values(
                 warnings.append(
                     f"values in {names[index]} are not rotated: no linear layer makes them alone"
                 )
-            advance(stream, index, block)
+            passage.advance()
     return done, warnings
 
 
-def _run(stream: Stream, index: int, block: nn.Module) -> tuple[Tensor, Tensor]:
+def _run(passage: Passage) -> tuple[Tensor, Tensor]:
     """The block's input and its output."""
-    return stream.hidden[0], first_of(stream.run(0, index, block))
+    return passage.stream.hidden[0], first_of(passage.run(0))
 
 
 _Heads = tuple[str, str, int]

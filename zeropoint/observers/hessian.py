@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 2048  # of the matrix, that are summed at a time
+ROWS = 256  # of the matrix, that are summed at a time: from its diagonal on
 
 
 class Hessian(NamedTuple):
@@ -27,10 +27,9 @@ class HessianObserver:
     def update(self, x: Tensor) -> None:
         """x: (T, K) float, padding left out already."""
         wide = x.detach().float()
-        for rows, columns in zip(
-            self._sum.split(ROWS), wide.split(ROWS, dim=1), strict=True
-        ):  # the product of all is as large again
-            rows += columns.T @ wide
+        for first in range(0, len(self._sum), ROWS):  # symmetric: half of the products are enough
+            columns = wide[:, first : first + ROWS]
+            self._sum[first : first + ROWS, first:] += columns.T @ wide[:, first:]
         self._tokens += len(x)
 
     def result(self) -> Hessian:
@@ -38,4 +37,7 @@ class HessianObserver:
         total, self._sum = self._sum, self._sum.new_empty(0)
         if self._tokens == 0:  # memory that nobody has touched stays so
             return Hessian(total.new_zeros(total.shape, dtype=torch.float32), 0)
-        return Hessian(total.div_(self._tokens).float(), self._tokens)
+        mean = total.div_(self._tokens).float()
+        for end in range(ROWS, len(mean), ROWS):
+            mean[end:, end - ROWS : end] = mean[end - ROWS : end, end:].T
+        return Hessian(mean, self._tokens)
