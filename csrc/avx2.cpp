@@ -40,6 +40,13 @@ inline float sum(F a) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+inline void sum4(F a, F b, F c, F d, float* out) {
+  auto half = [](F v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
+  __m128 x = half(a), y = half(b), z = half(c), w = half(d);
+  __m128 xy = _mm_add_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y));
+  __m128 zw = _mm_add_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(xy, zw), _mm_movehl_ps(zw, xy)));
+}
 inline float highest(F a) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
@@ -257,24 +264,24 @@ struct Integer {
   }
 
   // Which block's factor each of the 8 sums of a chunk takes: sum t covers CHUNK / 8 columns from there on, but for odd
-  // widths the first four cover the lower half of the chunk and the others the upper.
+  // widths the first four cover the lower half of the chunk and the others the upper. Of at most four blocks, whose
+  // factors are read with their neighbours: a load that lies within one earlier store does not stall.
   template <int BITS>
   struct Lanes {
-    __m256i index;
-    int shift, per_chunk;
+    __m256i index[4];  // by where the first block is among its four neighbours
+    int shift;
     explicit Lanes(int64_t block) {
-      per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
+      int per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
       shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
-      alignas(32) int32_t lane[8];
-      for (int t = 0; t < 8; t++) lane[t] = t * per_chunk / 8;
-      index = _mm256_load_si256((const __m256i*)lane);
+      for (int first = 0; first < 4; first++) {
+        alignas(32) int32_t lane[8];
+        for (int t = 0; t < 8; t++) lane[t] = first + t * per_chunk / 8;
+        index[first] = _mm256_load_si256((const __m256i*)lane);
+      }
     }
-    inline F scales(const float* factor, int64_t chunk) const {  // loads lie within one earlier store, or it stalls
-      if (per_chunk == 1) return set1(factor[(chunk * CHUNK<BITS>) >> shift]);
-      const float* p = factor + chunk * per_chunk;
-      F some = per_chunk == 2 ? _mm256_castpd_ps(_mm256_broadcast_sd((const double*)p))
-                              : _mm256_broadcast_ps((const __m128*)p);
-      return _mm256_permutevar_ps(some, index);
+    inline F scales(const float* factor, int64_t chunk) const {
+      int64_t block = (chunk * CHUNK<BITS>) >> shift;
+      return _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)(factor + (block & ~3))), index[block & 3]);
     }
   };
 };

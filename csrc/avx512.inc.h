@@ -28,7 +28,21 @@ inline F one_where_above(F a, F b) {
 }
 inline void store_u8(uint8_t* p, F v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
 inline F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline float sum(F a) { return _mm512_reduce_add_ps(a); }
+inline __m128 quarter(F a) {  // sums of the lanes that are equal modulo 4
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+inline float sum(F a) {
+  __m128 v = quarter(a);
+  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+}
+inline void sum4(F a, F b, F c, F d, float* out) {
+  __m128 x = quarter(a), y = quarter(b), z = quarter(c), w = quarter(d);
+  __m128 xy = _mm_add_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y));
+  __m128 zw = _mm_add_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(xy, zw), _mm_movehl_ps(zw, xy)));
+}
 inline float largest(F a) {
   return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) ? __builtin_nanf("") : _mm512_reduce_max_ps(a);
 }
@@ -89,8 +103,30 @@ inline __attribute__((always_inline)) __m512i dot_bytes(__m512i acc, __m512i cod
 
 inline __mmask64 first(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
-// 64 codes in order from 8 * BITS bytes, for the widths that do not divide a byte: every code is moved, with the byte
-// that may hold its upper bits, into 16 bits of its own and shifted down there.
+// 64 codes in order from 8 * BITS bytes, for the widths that do not divide a byte.
+#ifdef __AVX512VBMI__
+// The bytes of an octet of codes are moved into a word of 64 bits, and its codes picked there.
+struct Spread {
+  alignas(64) uint8_t bytes[64];  // for vpermb
+  alignas(64) uint8_t bits[64];   // for vpmultishiftqb: where each code begins
+};
+
+template <int BITS>
+constexpr Spread make_spread() {
+  Spread s = {};
+  for (int i = 0; i < 64; i++) s.bytes[i] = (uint8_t)(i / 8 * BITS + i % 8), s.bits[i] = (uint8_t)(BITS * (i % 8));
+  return s;
+}
+
+template <int BITS>
+inline __m512i spread(__m512i packed) {
+  static constexpr Spread s = make_spread<BITS>();
+  __m512i octets = _mm512_permutexvar_epi8(_mm512_load_si512(s.bytes), packed);
+  __m512i codes = _mm512_multishift_epi64_epi8(_mm512_load_si512(s.bits), octets);
+  return _mm512_and_si512(codes, _mm512_set1_epi8((1 << BITS) - 1));
+}
+#else
+// Every code is moved, with the byte that may hold its upper bits, into 16 bits of its own and shifted down there.
 struct Spread {
   alignas(64) uint16_t words[2][32];  // for vpermw: the words that hold octet o of codes, into one 128-bit lane
   alignas(64) uint8_t bytes[2][64];   // for vpshufb: the two bytes of each code
@@ -128,6 +164,7 @@ inline __m512i spread(__m512i packed) {
   }
   return _mm512_packus_epi16(half[0], half[1]);
 }
+#endif
 
 struct Integer {
   // Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1, 2, 3 modulo 4, others in order.
@@ -216,21 +253,24 @@ struct Integer {
   }
 
   // Which block's factor each of the 16 sums of a chunk takes: sum t covers 4 * CHUNK / 64 columns from 4 * t on, but
-  // for 2 bits 16 columns from 16 * (t % 4) on.
+  // for 2 bits 16 columns from 16 * (t % 4) on. Of at most four blocks, whose factors are read with their neighbours:
+  // a load that lies within one earlier store does not stall.
   template <int BITS>
   struct Lanes {
-    __m512i index;
-    int shift, per_chunk;
+    __m512i index[4];  // by where the first block is among its four neighbours
+    int shift;
     explicit Lanes(int64_t block) {
-      per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
+      int per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
       shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
-      alignas(64) int32_t lane[16];
-      for (int t = 0; t < 16; t++) lane[t] = (BITS == 2 ? t % 4 * 4 : t) * per_chunk / 16;
-      index = _mm512_load_si512(lane);
+      for (int first = 0; first < 4; first++) {
+        alignas(64) int32_t lane[16];
+        for (int t = 0; t < 16; t++) lane[t] = first + (BITS == 2 ? t % 4 * 4 : t) * per_chunk / 16;
+        index[first] = _mm512_load_si512(lane);
+      }
     }
     inline F scales(const float* factor, int64_t chunk) const {
-      if (per_chunk == 1) return set1(factor[(chunk * CHUNK<BITS>) >> shift]);
-      return _mm512_permutexvar_ps(index, load(factor + chunk * per_chunk));
+      int64_t block = (chunk * CHUNK<BITS>) >> shift;
+      return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(factor + (block & ~3))), index[block & 3]);
     }
   };
 };
@@ -326,7 +366,7 @@ inline void split_columns(const int16_t* q, uint32_t* out) {
 // --- the table ---
 
 // Below these, decoding every row again for four tokens at a time is cheaper than half-empty vectors of tokens.
-bool tile512(const Job& j) { return is_integer(j) ? j.m >= 12 : j.m >= 32; }
+bool tile512(const Job& j) { return j.m >= (!is_integer(j) ? 32 : j.int8_activations ? 56 : 40); }
 
 int64_t tokens512(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
 

@@ -6,6 +6,7 @@
 //   W              floats in a vector                      F      a vector of W floats
 //   TILE_N, TILE_V rows of weight x vectors of tokens whose sums stay in registers
 //   zero set1 load store add sub mul div fma min max abs_max round_even sum largest       on F
+//   sum4           four sums, each added up in the order of `sum`
 //   load_u8 load_i8 load_f16 load_bf16 load_e4m3 load_e5m2 store_f16 store_bf16   W values at a pointer <-> F
 //   store_i16      rounds to nearest even and stores W int16
 //   store_u8       stores W bytes; one_where_above(a, b) is 1 where a > b, else 0; smallest and highest over the lanes
@@ -17,6 +18,9 @@
 // --- weights ---
 
 static inline float scalar_f16(uint16_t h) {
+#ifdef __F16C__
+  return _cvtsh_ss(h);
+#endif
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
   uint32_t bits;
   if (rest >= 0x7c00) {  // Inf and NaN
@@ -241,7 +245,7 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
   }
 }
 
-static constexpr int64_t AHEAD = 2048;  // bytes of weight fetched before they are used, across pages and rows
+static constexpr int64_t AHEAD = 6144;  // bytes of weight fetched before they are used, across pages and rows
 
 // --- dot: few tokens, every weight used as soon as it is unpacked ---
 
@@ -287,15 +291,18 @@ static void prepare_dot(const Job& j, int64_t m) {
   }
 }
 
-static inline void put(const Job& j, int64_t m, int64_t n, float value) {
-  if (j.bias) value += read_float(j.bias, n, j.bias_dtype);
+// y: outputs of a token from n on.
+static inline void put(const Job& j, int64_t m, int64_t n, float* y, int64_t count) {
+  for (int64_t i = 0; j.bias && i < count; i++) y[i] += read_float(j.bias, n + i, j.bias_dtype);
   int64_t at = m * j.format->n + n;
   if (j.x_dtype == ZP_F32) {
-    ((float*)j.y)[at] = value;
+    for (int64_t i = 0; i < count; i++) ((float*)j.y)[at + i] = y[i];
   } else {
-    from_f32(&value, j.x_dtype, 1, (uint16_t*)j.y + at);
+    from_f32(y, j.x_dtype, count, (uint16_t*)j.y + at);
   }
 }
+
+static inline void put(const Job& j, int64_t m, int64_t n, float value) { put(j, m, n, &value, 1); }
 
 // Scales and zero points of the blocks of a row from b on: W of them, 0 past the last.
 struct Blocks {
@@ -338,6 +345,7 @@ struct Blocks {
 template <int BITS, int P, int MR>
 static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scratch) {
   constexpr int CHUNK = Integer::CHUNK<BITS>, CHUNK_BYTES = CHUNK * BITS / 8;
+  constexpr int TOGETHER = 4;  // rows whose sums are added up at the same time
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
   int64_t chunks = (f.k + CHUNK - 1) / CHUNK, last = j.row_bytes - (chunks - 1) * CHUNK_BYTES;
@@ -354,38 +362,49 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
   const F half = set1((float)(1 << (BITS - 1)));
   const Blocks blocks(j);
   const Integer::Lanes<BITS> lanes(j.block);
-  for (int64_t n = n0; n < n1; n++) {
-    F total[MR];  // starts at minus the correction of every block
-    float row_scale = 1, correction = 0;
-    if (by_row) {
-      row_scale = scale_of(w, n, 0);
-      correction = offset_of(w, n, 0);
+  alignas(64) float totals[MR][TOGETHER][W];
+  for (int64_t n = n0; n < n1;) {
+    int64_t rows = n1 - n < TOGETHER ? n1 - n : TOGETHER;
+    for (int64_t i = 0; i < rows;
+         i++) {     // not unrolled: hardware fetches ahead of one instruction that reads on and on
+      F total[MR];  // starts at minus the correction of every block
       unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
-    } else {  // factor = scale * x_scale; correction = sum of scale * offset * x_sum
-      unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
-      for (int64_t b = 0; b < j.blocks; b += W) {
-        F scale = blocks.scales(n, b), minus = mul(add(blocks.zero_points(n, b), half), scale);
+      for (int64_t b = 0; !by_row && b < j.blocks; b += W) {
+        // factor = scale * x_scale; correction = sum of scale * offset * x_sum
+        F scale = blocks.scales(n + i, b), minus = mul(add(blocks.zero_points(n + i, b), half), scale);
         unroll<MR>([&](auto r) INLINE {
           store(scratch + r * stride + b, mul(scale, load(t[r].scale + b)));
           total[r] = sub(total[r], mul(minus, load(t[r].sum + b)));
         });
       }
-    }
-    const uint8_t* p = j.packed + n * j.row_bytes;
-    for (int64_t c = 0; c < chunks - 1; c++) {
-      __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
-      auto codes = Integer::codes<BITS>(p + c * CHUNK_BYTES);
+      const uint8_t* p = j.packed + (n + i) * j.row_bytes;
+      for (int64_t c = 0; c < chunks - 1; c++) {
+        __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
+        auto codes = Integer::codes<BITS>(p + c * CHUNK_BYTES);
+        unroll<MR>([&](auto r) INLINE {
+          total[r] = fma(Integer::mac<BITS, P>(codes, t[r].q + c * Integer::BYTES<BITS, P>), lanes.scales(factor[r], c),
+                         total[r]);
+        });
+      }
+      auto codes = Integer::codes_part<BITS>(p + (chunks - 1) * CHUNK_BYTES, last);
       unroll<MR>([&](auto r) INLINE {
-        total[r] = fma(Integer::mac<BITS, P>(codes, t[r].q + c * Integer::BYTES<BITS, P>), lanes.scales(factor[r], c),
-                       total[r]);
+        F part = Integer::mac<BITS, P>(codes, t[r].q + (chunks - 1) * Integer::BYTES<BITS, P>);
+        store(totals[r][i], fma(part, lanes.scales(factor[r], chunks - 1), total[r]));
       });
     }
-    auto codes = Integer::codes_part<BITS>(p + (chunks - 1) * CHUNK_BYTES, last);
-    unroll<MR>([&](auto r) INLINE {
-      total[r] = fma(Integer::mac<BITS, P>(codes, t[r].q + (chunks - 1) * Integer::BYTES<BITS, P>),
-                     lanes.scales(factor[r], chunks - 1), total[r]);
-      put(j, m0 + r, n, row_scale * (sum(total[r]) - correction * token_sum[r]));
-    });
+    for (int r = 0; r < MR; r++) {
+      float y[TOGETHER];
+      if (rows == TOGETHER) {
+        sum4(load(totals[r][0]), load(totals[r][1]), load(totals[r][2]), load(totals[r][3]), y);
+      } else {
+        for (int64_t i = 0; i < rows; i++) y[i] = sum(load(totals[r][i]));
+      }
+      for (int64_t i = 0; by_row && i < rows; i++) {
+        y[i] = scale_of(w, n + i, 0) * (y[i] - offset_of(w, n + i, 0) * token_sum[r]);
+      }
+      put(j, m0 + r, n, y, rows);
+    }
+    n += rows;
   }
 }
 
@@ -441,19 +460,41 @@ static void dot_float_rows(const Job& j, int64_t n0, int64_t n1, float* row) {
 
 // --- gemm: many tokens. Weight rows are decoded once into a panel; tokens are the vector lanes ---
 //
-//   prepared: [m / TILE_M][k][TILE_M] float32, zero past m        panel: [rows][DEPTH] float32
+//   prepared: [m / TILE_M][k][TILE_M] words, zero past m        panel: [rows][DEPTH] words
 //   sums:     [rows][tokens] float32, in cache
+//
+// A word of 32 bits holds what one multiplication takes of a token or a row: one float32 here, of COLUMNS columns.
 
 static constexpr int TILE_M = TILE_V * W;
 static constexpr int64_t DEPTH = 512;
 
+struct Floats {
+  static constexpr int64_t COLUMNS = 1;
+  static inline F mac(F weight, F token, F acc) { return fma(weight, token, acc); }
+  static inline void token(const Job& j, int64_t m, int64_t padded, float* words) { read_token(j, m, padded, words); }
+  static inline void decode(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, float* words) {
+    decode_columns(w, row, k0, k1, words);
+  }
+};
+
+template <class Word>
+static inline int64_t words_of(int64_t columns) {
+  return (columns + Word::COLUMNS - 1) / Word::COLUMNS;
+}
+
+template <class Word>
+static size_t prepared_gemm_bytes(const Job& j) {
+  return round_up(j.m, TILE_M) * words_of<Word>(j.format->k) * 4;
+}
+
+template <class Word>
 static void prepare_gemm(const Job& j, int64_t unit) {
-  int64_t k = j.format->k, m0 = unit * TILE_M;
+  int64_t k = words_of<Word>(j.format->k), m0 = unit * TILE_M;
   float* out = (float*)j.prepared + m0 * k;
-  float* x = (float*)__builtin_alloca(round_up(k, 64) * 4);
+  float* x = (float*)__builtin_alloca(round_up(j.format->k, 64) * 4);
   for (int64_t r = 0; r < TILE_M; r++) {
     if (m0 + r < j.m) {
-      read_token(j, m0 + r, round_up(k, 64), x);
+      Word::token(j, m0 + r, round_up(j.format->k, 64), x);
     } else {
       for (int64_t i = 0; i < k; i++) x[i] = 0;
     }
@@ -461,7 +502,7 @@ static void prepare_gemm(const Job& j, int64_t unit) {
   }
 }
 
-template <int NR, int NV>
+template <class Word, int NR, int NV>
 static inline void gemm_tile(const float* panel, const float* x, int64_t depth, float* sums, int64_t stride) {
   F acc[NR][NV];
   unroll<NR>([&](auto i) INLINE { unroll<NV>([&](auto v) INLINE { acc[i][v] = load(sums + i * stride + v * W); }); });
@@ -470,19 +511,20 @@ static inline void gemm_tile(const float* panel, const float* x, int64_t depth, 
     unroll<NV>([&](auto v) INLINE { b[v] = load(x + k * TILE_M + v * W); });
     unroll<NR>([&](auto i) INLINE {
       F a = set1(panel[i * DEPTH + k]);
-      unroll<NV>([&](auto v) INLINE { acc[i][v] = fma(a, b[v], acc[i][v]); });
+      unroll<NV>([&](auto v) INLINE { acc[i][v] = Word::mac(a, b[v], acc[i][v]); });
     });
   }
   unroll<NR>([&](auto i) INLINE { unroll<NV>([&](auto v) INLINE { store(sums + i * stride + v * W, acc[i][v]); }); });
 }
 
-template <int NV>
+template <class Word, int NV>
 static void gemm_rows(const float* panel, const float* x, int64_t depth, float* sums, int64_t stride, int64_t rows) {
+  constexpr int NR = NV == 1 ? 2 * TILE_N : TILE_N;  // as many sums as it takes to keep the multipliers busy
   int64_t i = 0;
-  for (; i + TILE_N <= rows; i += TILE_N) {
-    gemm_tile<TILE_N, NV>(panel + i * DEPTH, x, depth, sums + i * stride, stride);
+  for (; i + NR <= rows; i += NR) {
+    gemm_tile<Word, NR, NV>(panel + i * DEPTH, x, depth, sums + i * stride, stride);
   }
-  for (; i < rows; i++) gemm_tile<1, NV>(panel + i * DEPTH, x, depth, sums + i * stride, stride);
+  for (; i < rows; i++) gemm_tile<Word, 1, NV>(panel + i * DEPTH, x, depth, sums + i * stride, stride);
 }
 
 // sums (rows, stride) -> y (tokens, n), transposed, bias added.
@@ -502,26 +544,28 @@ static void put_transposed(const Job& j, const float* sums, int64_t stride, int6
   }
 }
 
-static void gemm_float_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
+template <class Word>
+static void gemm(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
+  constexpr int64_t COLUMNS = DEPTH * Word::COLUMNS;
   const zp_weight w = weight_of(j);
   int64_t k = j.format->k, rows = n1 - n0, tokens = round_up(j.m, TILE_M);
   float* panel = (float*)scratch;
   float* sums = panel + rows * DEPTH;
   for (int64_t i = 0; i < rows * tokens; i++) sums[i] = 0;
-  for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
-    int64_t depth = k - k0 < DEPTH ? k - k0 : DEPTH;
-    for (int64_t r = 0; r < rows; r++) decode_columns(w, n0 + r, k0, k0 + depth, panel + r * DEPTH);
+  for (int64_t k0 = 0; k0 < k; k0 += COLUMNS) {
+    int64_t columns = k - k0 < COLUMNS ? k - k0 : COLUMNS, depth = words_of<Word>(columns);
+    for (int64_t r = 0; r < rows; r++) Word::decode(w, n0 + r, k0, k0 + columns, panel + r * DEPTH);
     for (int64_t m = 0; m < j.m; m += TILE_M) {
-      const float* x = (const float*)j.prepared + m * k + k0 * TILE_M;
+      const float* x = (const float*)j.prepared + m * words_of<Word>(k) + k0 / Word::COLUMNS * TILE_M;
       int64_t vectors = (j.m - m + W - 1) / W;
       if (vectors >= TILE_V) {
-        gemm_rows<TILE_V>(panel, x, depth, sums + m, tokens, rows);
+        gemm_rows<Word, TILE_V>(panel, x, depth, sums + m, tokens, rows);
       } else if (vectors >= 3) {
-        gemm_rows<3>(panel, x, depth, sums + m, tokens, rows);
+        gemm_rows<Word, 3>(panel, x, depth, sums + m, tokens, rows);
       } else if (vectors == 2) {
-        gemm_rows<2>(panel, x, depth, sums + m, tokens, rows);
+        gemm_rows<Word, 2>(panel, x, depth, sums + m, tokens, rows);
       } else {
-        gemm_rows<1>(panel, x, depth, sums + m, tokens, rows);
+        gemm_rows<Word, 1>(panel, x, depth, sums + m, tokens, rows);
       }
     }
   }
@@ -728,13 +772,13 @@ struct DotIntegerRows {
 };
 
 static size_t prepared_bytes(const Job& j) {
-  if (j.tiled) return round_up(j.m, TILE_M) * j.format->k * 4;
+  if (j.tiled) return prepared_gemm_bytes<Floats>(j);
   if (is_integer(j)) return j.m * (by_bits<ArrangedBytes>(j.format->bits, &j) + 2 * sums_bytes(j));
   return j.m * float_stride(j) * 4;
 }
 
 static void prepare(const Job& j, int64_t unit) {
-  if (j.tiled) return prepare_gemm(j, unit);
+  if (j.tiled) return prepare_gemm<Floats>(j, unit);
   if (is_integer(j)) return by_bits<PrepareDot>(j.format->bits, &j, unit);
   prepare_float(j, unit);
 }
@@ -758,7 +802,7 @@ static size_t scratch_bytes(const Job& j, int64_t rows) {
 }
 
 static void multiply(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  if (j.tiled) return gemm_float_rows(j, n0, n1, scratch);
+  if (j.tiled) return gemm<Floats>(j, n0, n1, scratch);
   if (is_integer(j)) return by_bits<DotIntegerRows>(j.format->bits, &j, n0, n1, (float*)scratch);
   dot_float_rows(j, n0, n1, (float*)scratch);
 }
@@ -783,7 +827,7 @@ static volatile float peak_sink;  // so that the loops below are not removed
 static double peak_float(int64_t repeats) {
   constexpr int CHAINS = 12;
   F acc[CHAINS];
-  unroll<CHAINS>([&](auto c) INLINE { acc[c] = zero(); });
+  unroll<CHAINS>([&](auto c) INLINE { acc[c] = set1((float)c); });  // equal chains would become one
   F a = set1(1.0f + peak_sink), b = set1(0.5f);
   for (int64_t i = 0; i < repeats; i++) unroll<CHAINS>([&](auto c) INLINE { acc[c] = fma(a, b, acc[c]); });
   unroll<CHAINS - 1>([&](auto c) INLINE { acc[0] = add(acc[0], acc[c + 1]); });

@@ -165,6 +165,14 @@ const char* lacks_avx512() {
   return all ? nullptr : "this CPU has no AVX512 (F, BW, DQ, VL) with VNNI";
 }
 
+#ifndef ZP_NO_AVX512_BF16  // the compiler knows these names
+const char* lacks_avx512_bf16() {
+  if (const char* why = lacks_avx512()) return why;
+  bool all = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  return all ? nullptr : "this CPU has no AVX512 with BF16 and VBMI";
+}
+#endif
+
 const char* lacks_amx() {
   if (const char* why = lacks_avx512()) return why;
 #ifdef ZP_EMULATE_TILES
@@ -198,6 +206,9 @@ const Level levels[] = {
 #endif
 #if defined(__x86_64__) && !defined(ZP_NO_AVX512)
     {&avx512, lacks_avx512},
+#endif
+#if defined(__x86_64__) && !defined(ZP_NO_AVX512_BF16)
+    {&avx512_bf16, lacks_avx512_bf16},
 #endif
 #if defined(__x86_64__) && !defined(ZP_NO_AMX)
     {&amx, lacks_amx},

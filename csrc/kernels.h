@@ -56,7 +56,7 @@ struct Isa {
 
 enum { ZP_PEAK_FLOAT32, ZP_PEAK_BYTES, ZP_PEAK_BFLOAT16 };  // multiply-adds count as two operations
 
-extern const Isa scalar, avx2, avx512, amx;
+extern const Isa scalar, avx2, avx512, avx512_bf16, amx;
 
 // Chunks 0 .. count - 1 of run(context, chunk, worker), worker in 0 .. threads - 1. Returns when all are done.
 enum class Help {
