@@ -10,6 +10,52 @@ namespace zp {
 namespace {
 #include "avx512.inc.h"
 
+// The 128 magnitudes of a float8, exactly, as the upper and the lower bytes of bfloat16.
+struct Float8 {
+  alignas(64) uint8_t upper[128];
+  alignas(64) uint8_t lower[128];
+};
+
+constexpr Float8 make_float8(int mantissa_bits, int bias, bool has_infinity) {
+  Float8 table = {};
+  for (int c = 0; c < 128; c++) {
+    int exponent = c >> mantissa_bits, mantissa = c & ((1 << mantissa_bits) - 1), steps = 0;
+    bool top = exponent == (127 >> mantissa_bits), is_nan = has_infinity ? top && mantissa : c == 127;
+    if (exponent == 0) {  // a subnormal, which bfloat16 has as a normal number
+      while (mantissa && !(mantissa >> mantissa_bits)) mantissa *= 2, steps++;
+      mantissa &= (1 << mantissa_bits) - 1;
+      exponent = c ? 1 - steps : bias - 127;
+    }
+    int bits = (exponent - bias + 127) << 7 | mantissa << (7 - mantissa_bits);
+    if (has_infinity && top) bits = 0x7f80;
+    if (is_nan) bits = 0x7fc0;
+    table.upper[c] = (uint8_t)(bits >> 8), table.lower[c] = (uint8_t)bits;
+  }
+  return table;
+}
+
+bool is_float8(const zp_format& f) { return f.kind == ZP_FLOAT8_E4M3FN || f.kind == ZP_FLOAT8_E5M2; }
+
+struct Float8Words {  // 64 codes -> bfloat16, two vectors of 32
+  __m512i upper[2], lower[2];
+  explicit Float8Words(const zp_format& f) {
+    static constexpr Float8 e4m3fn = make_float8(3, 7, false), e5m2 = make_float8(2, 15, true);
+    const Float8& table = f.kind == ZP_FLOAT8_E4M3FN ? e4m3fn : e5m2;
+    for (int i = 0; i < 2; i++) {
+      upper[i] = _mm512_load_si512(table.upper + 64 * i), lower[i] = _mm512_load_si512(table.lower + 64 * i);
+    }
+  }
+  inline INLINE void operator()(const uint8_t* p, int64_t count, F* words) const {  // past count: zeros
+    const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);               // interleaved, they are in order
+    __m512i c = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi8(first(count), p));
+    __m512i sign = _mm512_and_si512(c, _mm512_set1_epi8((char)0x80));
+    __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(upper[0], c, upper[1]), sign);
+    __m512i low = _mm512_permutex2var_epi8(lower[0], c, lower[1]);
+    words[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi8(low, high));
+    words[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi8(low, high));
+  }
+};
+
 struct Pairs {
   static constexpr int64_t COLUMNS = 2;
   static inline F mac(F weight, F token, F acc) {
@@ -84,9 +130,12 @@ struct Pairs {
   }
 };
 
+// A few tokens of float8 with one scale a row: bfloat16 holds the values exactly, and the sum takes the scale.
+bool used_at_once(const Job& j) { return j.m < 12 && is_float8(*j.format) && j.format->group_size >= j.format->k; }
+
 bool in_pairs(const Job& j) {
   if (j.x_dtype != ZP_BF16 || j.int8_activations) return false;
-  return j.tiled || j.format->kind == ZP_BFLOAT16 || (!is_integer(j) && j.m >= 3);
+  return j.tiled || j.format->kind == ZP_BFLOAT16 || used_at_once(j) || (!is_integer(j) && j.m >= 3);
 }
 
 // --- few tokens: a few rows are decoded and used at once ---
@@ -116,6 +165,27 @@ void dot_pairs(const Job& j, int64_t m0, int64_t n, const float* rows) {
   });
 }
 
+// The same of a row of float8, which is used as it is decoded.
+template <int MR>
+void dot_float8_pairs(const Job& j, int64_t m0, int64_t n, const Float8Words& decode) {
+  int64_t k = j.format->k, stride = pairs_stride(j);
+  const uint8_t* p = j.packed + n * k;
+  const float* x = (const float*)j.prepared + m0 * stride;
+  F acc[MR][2], words[2];
+  unroll<MR>([&](auto r) INLINE { acc[r][0] = acc[r][1] = zero(); });
+  for (int64_t i = 0; i < k; i += 64) {
+    __builtin_prefetch(p + i + AHEAD);
+    decode(p + i, k - i, words);
+    bool both = k - i > 32;
+    unroll<MR>([&](auto r) INLINE {
+      acc[r][0] = Pairs::mac(words[0], load(x + r * stride + i / 2), acc[r][0]);
+      if (both) acc[r][1] = Pairs::mac(words[1], load(x + r * stride + i / 2 + W), acc[r][1]);
+    });
+  }
+  float scale = scale_of(weight_of(j), n, 0);
+  unroll<MR>([&](auto r) INLINE { put(j, m0 + r, n, scale * sum(add(acc[r][0], acc[r][1]))); });
+}
+
 template <int NR>
 void dot_pairs_tokens(const Job& j, int64_t n, const float* rows) {
   int64_t m = 0;
@@ -128,6 +198,16 @@ void dot_pairs_rows(const Job& j, int64_t n0, int64_t n1, float* lines) {
   constexpr int64_t COLUMNS = DEPTH * Pairs::COLUMNS;
   const zp_weight w = weight_of(j);
   int64_t k = j.format->k, stride = pairs_stride(j);
+  if (used_at_once(j)) {
+    const Float8Words decode(*j.format);
+    for (int64_t n = n0; n < n1; n++) {
+      int64_t m = 0;
+      for (; m + 4 <= j.m; m += 4) dot_float8_pairs<4>(j, m, n, decode);
+      if (m + 2 <= j.m) dot_float8_pairs<2>(j, m, n, decode), m += 2;
+      if (m < j.m) dot_float8_pairs<1>(j, m, n, decode);
+    }
+    return;
+  }
   bool as_it_lies = j.format->kind == ZP_BFLOAT16 && k % (2 * W) == 0;
   for (int64_t n = n0; n < n1; n += PAIRS_N) {
     int64_t count = n1 - n < PAIRS_N ? n1 - n : PAIRS_N;
@@ -149,7 +229,7 @@ void dot_pairs_rows(const Job& j, int64_t n0, int64_t n1, float* lines) {
 
 bool tile_pairs(const Job& j) {
   if (j.x_dtype != ZP_BF16 || j.int8_activations) return tile512(j);
-  return j.m >= 32;
+  return j.m >= (is_float8(*j.format) ? 12 : 32);
 }
 
 int64_t tokens_pairs(const Job& j) { return !in_pairs(j) ? tokens512(j) : j.tiled ? TILE_M : 1; }

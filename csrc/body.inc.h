@@ -157,8 +157,8 @@ static inline void decode_columns(const zp_weight& w, int64_t row, int64_t k0, i
     const uint8_t* c = p + k * f.bits / 8;
     bool is_e4m3 = f.kind == ZP_FLOAT8_E4M3FN, is_float8 = is_e4m3 || f.kind == ZP_FLOAT8_E5M2;
     if (!is_float8) unpack(c, f.bits, count, codes);
-    for (int64_t i = 0; i < count;) {
-      int64_t group = (k + i) / f.group_size;
+    int64_t group = k / f.group_size;
+    for (int64_t i = 0; i < count; group++) {
       int64_t end = (group + 1) * f.group_size - k;
       if (end > count) end = count;
       float s = scale_of(w, row, group);
