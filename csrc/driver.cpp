@@ -21,7 +21,7 @@ constexpr int64_t TOKENS_AT_ONCE = 1024;  // bounds the memory that prepared act
 constexpr size_t KEEP_BYTES = 64 << 20;   // a thread's workspace larger than this is given back after the call
 // Weight bytes times tokens below which a second thread costs more than it gives, and below which one that sleeps does:
 // by the time it is awake, tens of microseconds later, such a job is done.
-constexpr int64_t SERIAL_BYTES = 48 << 10, CALL_BYTES = 1 << 20;
+constexpr int64_t SERIAL_BYTES = 64 << 10, CALL_BYTES = 1 << 20;
 
 // Memory that a calling thread keeps between calls.
 struct Workspace {
@@ -93,7 +93,7 @@ int linear(Job job, int32_t threads) {
   if (!job.prepared) return ZP_NO_MEMORY;
   job.scratch = job.prepared + prepared;
   int64_t units = (job.m + isa.tokens(job) - 1) / isa.tokens(job);
-  Help help = bytes >= CALL_BYTES ? Help::called : Help::awake;
+  Help help = bytes >= CALL_BYTES ? Help::called : Help::at_hand;
   parallel(job.m * f.k < (1 << 15) ? 1 : threads, units, run_prepare, &context, help);
   parallel(threads, chunks, run_multiply, &context, help);
   workspace.trim();

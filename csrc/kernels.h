@@ -60,8 +60,8 @@ extern const Isa scalar, avx2, avx512, avx512_bf16, amx;
 
 // Chunks 0 .. count - 1 of run(context, chunk, worker), worker in 0 .. threads - 1. Returns when all are done.
 enum class Help {
-  awake,   // from the pool's workers that are still looking for work
-  called,  // from the threads of torch's operators; where there are none or they come late, from all of the pool's
+  at_hand,  // from the threads of torch's operators while they spin, or the pool's workers that still look for work
+  called,   // from the threads of torch's operators; where there are none or they come late, from all of the pool's
 };
 using Chunk = void (*)(void* context, int64_t chunk, int32_t worker);
 void parallel(int32_t threads, int64_t count, Chunk run, void* context, Help help = Help::called);

@@ -110,15 +110,18 @@ Pool* pool = nullptr;
 // --- OpenMP's threads, where the process has some (torch's): found, never linked ---
 //
 // Between torch's operators they spin on the cores that the pool's workers need. Its regions end with a barrier,
-// though: where a thread comes more than LATE after the last chunk was done, for a quarter of the region or more, the
-// machine is busy, and the next AVOID jobs are the pool's.
+// though: where a thread comes late after the last chunk was done, for a quarter of the region or more, the machine is
+// busy or the threads were asleep, and the next jobs are the pool's.
 
 using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Region gomp_parallel = nullptr;
-std::atomic<int32_t> avoid{0};
 
-constexpr int64_t LATE = 200000;  // nanoseconds
-constexpr int32_t AVOID = 100;
+struct Patience {
+  int64_t late;   // nanoseconds
+  int32_t avoid;  // so many jobs
+  std::atomic<int32_t> left{0};
+};
+Patience of_called{200000, 100}, of_at_hand{20000, 1000};
 
 int64_t now() {
   timespec t;
@@ -143,18 +146,20 @@ void take_chunks(void* argument) {
   }
 }
 
-bool with_openmp(int32_t threads, int64_t count, Chunk run, void* context) {
+bool with_openmp(int32_t threads, int64_t count, Chunk run, void* context, Patience& patience) {
   if (!gomp_parallel) return false;
-  int32_t left = avoid.load(std::memory_order_relaxed);
+  int32_t left = patience.left.load(std::memory_order_relaxed);
   if (left > 0) {
-    avoid.store(left - 1, std::memory_order_relaxed);
+    patience.left.store(left - 1, std::memory_order_relaxed);
     return false;
   }
   Team team = {run, context, count};
   int64_t begin = now();
   gomp_parallel(take_chunks, &team, (unsigned)threads, 0);
   int64_t end = now(), late = end - team.finished.load();
-  if (late > LATE && 4 * late > end - begin) avoid.store(AVOID, std::memory_order_relaxed);
+  if (late > patience.late && 4 * late > end - begin) {
+    patience.left.store(patience.avoid, std::memory_order_relaxed);
+  }
   return true;
 }
 
@@ -178,7 +183,7 @@ struct Start {
 void parallel(int32_t threads, int64_t count, Chunk run, void* context, Help help) {
   if (threads > MOST_WORKERS) threads = MOST_WORKERS;
   if (threads > 1 && count > 1 && count < ((int64_t)1 << 31)) {
-    if (help == Help::called && with_openmp(threads, count, run, context)) return;
+    if (with_openmp(threads, count, run, context, help == Help::called ? of_called : of_at_hand)) return;
     if (pool->caller.try_lock()) {
       pool->call(threads, count, run, context, help == Help::called);
       pool->caller.unlock();
