@@ -32,18 +32,18 @@ def sample(count: int, most: int) -> Tensor:
 
 
 def check_linear(
-    name: str, y: Tensor, x: Tensor, weight: QTensor, *, bfloat16_tiles: bool = False
+    name: str, y: Tensor, x: Tensor, weight: QTensor, *, as_bfloat16: bool = False
 ) -> float:
     """y = x @ weight.T on a sample, against the float64 oracle. Returns the largest error / bound.
 
-    y: (M, N); x: (M, K) of random numbers; weight: (N, K). bfloat16_tiles: the kernel may round x
+    y: (M, N); x: (M, K) of random numbers; weight: (N, K). as_bfloat16: the kernel may round x
     and the weight to bfloat16. Raises WrongAnswerError.
     """
     rows = sample(weight.shape[0], CHECKED_ROWS)
     tokens = sample(len(x), CHECKED_TOKENS)
     x, part = x[tokens].double(), weight.rows(rows)
     expected = reference.linear(x, part, None)
-    bound = _bound(x, part, bfloat16_tiles)
+    bound = _bound(x, part, as_bfloat16)
     limits = torch.finfo(y.dtype)
     bound += limits.eps / 2 * (expected.abs() + bound) + limits.smallest_normal
     error = (y[tokens][:, rows].double() - expected).abs() / bound
@@ -53,7 +53,7 @@ def check_linear(
     return worst
 
 
-def _bound(x: Tensor, weight: QTensor, bfloat16_tiles: bool) -> Tensor:
+def _bound(x: Tensor, weight: QTensor, as_bfloat16: bool) -> Tensor:
     """What rounding can do to x @ weight.T before the result is stored. x: (M, K) float64.
 
     float32 sums: LAMBDA sqrt(K) u S and 4 u S for scales and products, S = |x| @ |weight|.T. Codes
@@ -78,7 +78,7 @@ def _bound(x: Tensor, weight: QTensor, bfloat16_tiles: bool) -> Tensor:
         bound += largest / 127 * (close @ values.abs().T)
     elif scheme.fmt.kind == "integer":
         bound += LAMBDA / 2 * largest / Q16_MAX * values.norm(dim=1)
-    if bfloat16_tiles:
+    if as_bfloat16:
         bound += LAMBDA * 2 * BFLOAT16_ROUNDOFF * (x.square() @ values.square().T).sqrt()
     return bound
 

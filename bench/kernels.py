@@ -121,7 +121,7 @@ def _cold(
             weight = quantized(scheme, n, k)
             calls = our_calls(weight, count_for(weight.nbytes, plan.cold_bytes))
             tiles = bool(rates["bfloat16", threads])
-            error = check_linear(str(scheme), calls[0](x), x, weight, bfloat16_tiles=tiles)
+            error = check_linear(str(scheme), calls[0](x), x, weight, as_bfloat16=tiles)
             turns = {
                 **reads,
                 "ours": partial(walk, calls, x, plan.clock),
@@ -188,9 +188,7 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
             y = calls[0](inputs[name])  # the warm-up, too
             if name in weights:
                 tiles = bool(rates["bfloat16", threads])
-                errors[name] = check_linear(
-                    name, y, inputs[name], weights[name], bfloat16_tiles=tiles
-                )
+                errors[name] = check_linear(name, y, inputs[name], weights[name], as_bfloat16=tiles)
         used = count if m <= FEW_TOKENS else 1
         turns = {
             name: partial(walk, calls[:used], inputs[name], plan.clock)

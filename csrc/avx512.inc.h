@@ -283,13 +283,7 @@ inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
   for (int64_t i = 0; i < count; i += 64, p += 8 * bits, bytes -= 8 * bits) {
     __m512i x = _mm512_maskz_loadu_epi8(first(bytes < 8 * bits ? bytes : 8 * bits), p), codes;
     switch (bits) {
-      case 2: {
-        __m512i b = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(x));  // one byte -> four
-        b = _mm512_or_si512(_mm512_or_si512(b, _mm512_slli_epi32(b, 6)),
-                            _mm512_or_si512(_mm512_slli_epi32(b, 12), _mm512_slli_epi32(b, 18)));
-        codes = _mm512_and_si512(b, _mm512_set1_epi8(3));
-        break;
-      }
+      case 2: codes = spread<2>(x); break;
       case 3: codes = spread<3>(x); break;
       case 4: {
         __m512i b = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x));

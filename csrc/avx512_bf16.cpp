@@ -84,14 +84,34 @@ struct Pairs {
     _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 
+  // Of groups [first, first + count) of a row of integers or of a codebook, whose offset is 0; written to whole
+  // vectors.
+  static inline void grids(const zp_weight& w, int64_t row, int64_t first, int64_t count, float* scale, float* offset) {
+    const zp_format& f = *w.format;
+    int64_t at = row * f.scale_stride + first;
+    F half = f.kind == ZP_INTEGER ? set1((float)(1 << (f.bits - 1))) : zero();
+    for (int64_t g = 0; g < count; g += W) {
+      int64_t some = count - g < W ? count - g : W;
+      if (f.scale_dtype == ZP_F16) {
+        store(scale + g, load_f16_part((const uint16_t*)w.scale + at + g, some));
+      } else {
+        for (int64_t i = 0; i < some; i++) scale[g + i] = read_scale(f, w.scale, at + g + i);
+      }
+      F zero_point = !w.zero_point        ? zero()
+                     : f.float_zero_point ? load_f16_part((const uint16_t*)w.zero_point + at + g, some)
+                                          : load_i8_part((const int8_t*)w.zero_point + at + g, some);
+      store(offset + g, add(half, zero_point));
+    }
+  }
+
   // Groups are whole vectors of 32 codes, but for the last of a row.
   static inline void decode_codes(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, uint16_t* out) {
+    constexpr int64_t MOST = DEPTH * COLUMNS;
     const zp_format& f = *w.format;
-    alignas(64) float own[16];
-    alignas(64) uint8_t codes[DEPTH * COLUMNS + 64];
-    bool integer = f.kind == ZP_INTEGER;
-    F levels = integer ? _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15))
-                       : load(levels_of(w, row, own));
+    alignas(64) float own[16], scales[MOST / 32 + 2 * W], offsets[MOST / 32 + 2 * W];
+    alignas(64) uint8_t codes[MOST + 64];
+    F levels = _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    if (f.kind == ZP_CODEBOOK) levels = load(levels_of(w, row, own));
     const uint8_t* packed = w.packed + row * packed_row_bytes(f) + k0 * f.bits / 8;
     const uint8_t* from = codes;
     if (f.bits == 8 && (k1 - k0) % 32 == 0) {
@@ -99,14 +119,15 @@ struct Pairs {
     } else if (f.bits != 4) {
       unpack(packed, f.bits, k1 - k0, codes);
     }
-    float half = integer ? (float)(1 << (f.bits - 1)) : 0;
-    int64_t group = k0 / f.group_size, at = 0, count = k1 - k0;
-    for (int64_t end = (group + 1) * f.group_size - k0; at < count; group++, end += f.group_size) {
+    int64_t first_group = k0 / f.group_size, at = 0, count = k1 - k0, end = (first_group + 1) * f.group_size - k0;
+    grids(w, row, first_group, (k1 - 1) / f.group_size - first_group + 1, scales, offsets);
+    for (int64_t group = 0; at < count; group++, end += f.group_size) {
       if (end > count) end = count;
-      F scale = set1(scale_of(w, row, group)), offset = set1(w.zero_point ? offset_of(w, row, group) : half);
-      if (f.bits <= 4) {  // all that a code can stand for, twice: the upper bits of a code's neighbour do not matter
-        __m256i values = (__m256i)_mm512_cvtneps_pbh(mul(sub(levels, offset), scale));
-        __m512i table = _mm512_broadcast_i64x4(values);
+      F scale = set1(scales[group]), offset = set1(offsets[group]);
+      if (f.bits <= 5) {  // all that a code can stand for; up to 16 of it twice: upper bits do not matter
+        F low = mul(sub(levels, offset), scale), high = low;
+        if (f.bits == 5) high = mul(sub(add(levels, set1(16)), offset), scale);
+        __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
         for (; at < end; at += 32) {
           __m512i index;
           if (f.bits == 4) {
