@@ -104,6 +104,11 @@ def layers(plan: Plan, rates: Rates) -> list[Figure]:
     return figures
 
 
+def _rounds(x: Tensor, rates: Rates, threads: int) -> bool:
+    """Whether weights may be rounded to bfloat16: x is, and there are instructions for it."""
+    return x.dtype == torch.bfloat16 and bool(rates["bfloat16", threads])
+
+
 def _cold(
     plan: Plan, rates: Rates, schemes: Sequence[Scheme], shape: tuple[int, int], rounds: int
 ) -> list[Figure]:
@@ -120,8 +125,8 @@ def _cold(
             progress(f"cold: {scheme}, {n} x {k}, {threads} threads")
             weight = quantized(scheme, n, k)
             calls = our_calls(weight, count_for(weight.nbytes, plan.cold_bytes))
-            tiles = bool(rates["bfloat16", threads])
-            error = check_linear(str(scheme), calls[0](x), x, weight, as_bfloat16=tiles)
+            rounds = _rounds(x, rates, threads)
+            error = check_linear(str(scheme), calls[0](x), x, weight, as_bfloat16=rounds)
             turns = {
                 **reads,
                 "ours": partial(walk, calls, x, plan.clock),
@@ -187,8 +192,9 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
         for name, calls in sides.items():
             y = calls[0](inputs[name])  # the warm-up, too
             if name in weights:
-                tiles = bool(rates["bfloat16", threads])
-                errors[name] = check_linear(name, y, inputs[name], weights[name], as_bfloat16=tiles)
+                x = inputs[name]
+                rounds = _rounds(x, rates, threads)
+                errors[name] = check_linear(name, y, x, weights[name], as_bfloat16=rounds)
         used = count if m <= FEW_TOKENS else 1
         turns = {
             name: partial(walk, calls[:used], inputs[name], plan.clock)

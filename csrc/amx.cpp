@@ -22,11 +22,12 @@ constexpr int64_t FEWEST = 16;      // tokens below which AVX512 is faster
 
 enum class Tiles { none, bfloat16, bytes };
 
-Tiles tiles(const Job& j) {
-  if (!j.tiled || j.m < FEWEST) return Tiles::none;
+Tiles of_many(const Job& j) {
   if (j.int8_activations) return is_integer(j) && j.blocks == 1 ? Tiles::bytes : Tiles::none;
   return j.x_dtype == ZP_BF16 ? Tiles::bfloat16 : Tiles::none;
 }
+
+Tiles tiles(const Job& j) { return j.tiled && j.m >= FEWEST ? of_many(j) : Tiles::none; }
 
 int64_t steps(const Job& j, Tiles t) {
   int64_t columns = t == Tiles::bytes ? 64 : 32;
@@ -160,6 +161,8 @@ void multiply_amx_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
 
 // --- the table ---
 
+bool tile_amx(const Job& j) { return is_integer(j) && of_many(j) != Tiles::none ? j.m >= FEWEST : tile512(j); }
+
 int64_t tokens_amx(const Job& j) { return tiles(j) == Tiles::none ? tokens512(j) : PAIR; }
 
 size_t prepared_bytes_amx(const Job& j) {
@@ -224,7 +227,7 @@ double peak_amx(int32_t what, int64_t repeats) {
 
 extern const Isa amx;
 const Isa amx = {
-    "amx",  tile512, tokens_amx, prepared_bytes_amx, prepare_amx, rows_amx, scratch_bytes_amx, multiply_amx, decode,
-    encode, read,    peak_amx};
+    "amx",  tile_amx, tokens_amx, prepared_bytes_amx, prepare_amx, rows_amx, scratch_bytes_amx, multiply_amx, decode,
+    encode, read,     peak_amx};
 
 }  // namespace zp

@@ -463,7 +463,7 @@ static void dot_float_rows(const Job& j, int64_t n0, int64_t n1, float* row) {
 //   prepared: [m / TILE_M][k][TILE_M] words, zero past m        panel: [rows][DEPTH] words
 //   sums:     [rows][tokens] float32, in cache
 //
-// A word of 32 bits holds what one multiplication takes of a token or a row: one float32 here, of COLUMNS columns.
+// A word of 32 bits is what one multiplication takes of a token or of a row: COLUMNS columns; of Floats, one float32.
 
 static constexpr int TILE_M = TILE_V * W;
 static constexpr int64_t DEPTH = 512;

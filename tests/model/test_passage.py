@@ -51,6 +51,12 @@ def pass_all(passage, *, leave_out=True):
     return [x for x in seen if x is not None] + list(passage.stream.hidden)
 
 
+def in_parts(block, stream):
+    passage = Passage(block, 0, stream)
+    passage.parts = find_parts(block, sharing(block, passage.run_example), passage.run_example)
+    return passage
+
+
 def both(block, stream):
     """`pass_all` of a block and of a copy, with and without leaving anything out."""
     again = Stream(list(stream.hidden), stream.calls, stream.keep)
@@ -89,10 +95,7 @@ def test_a_part_runs_once():
         blocks[0].get_submodule(layer).register_forward_hook(
             lambda m, a, o, name=layer: ran.append(name)
         )
-    passage = Passage(blocks[0], 0, stream)
-    passage.parts = find_parts(
-        blocks[0], sharing(blocks[0], passage.run_example), passage.run_example
-    )
+    passage = in_parts(blocks[0], stream)
     ran.clear()
     for layer in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         passage.input_of(layer, 0)
@@ -105,10 +108,7 @@ def test_hidden_states_in_files_mean_that_memory_is_short(tmp_path):
     ((blocks, stream),) = entered(build("llama").eval(), Shelf(tmp_path / "hidden", 0))
     ran = []
     blocks[0].self_attn.q_proj.register_forward_hook(lambda *_: ran.append(1))
-    passage = Passage(blocks[0], 0, stream)
-    passage.parts = find_parts(
-        blocks[0], sharing(blocks[0], passage.run_example), passage.run_example
-    )
+    passage = in_parts(blocks[0], stream)
     ran.clear()
     passage.input_of("self_attn.o_proj", 0)
     passage.advance()
@@ -175,10 +175,7 @@ def test_a_block_that_changes_what_it_is_given_or_runs_a_module_twice_runs_whole
 def test_a_module_that_runs_more_often_than_in_the_example_runs_the_second_time():
     blocks, stream = chain()
     twin = copy.deepcopy(blocks[0])
-    passage = Passage(blocks[0], 0, stream)
-    passage.parts = find_parts(
-        blocks[0], sharing(blocks[0], passage.run_example), passage.run_example
-    )
+    passage = in_parts(blocks[0], stream)
     blocks[0].times = twin.times = 2
     passage.input_of("inner.down", 0)
     for _ in range(2):

@@ -6,9 +6,9 @@ quantized already, make of the calibration data.
 Inside a block the layers go in the order in which they run; those that read one tensor share its
 Hessian. A `Passage` shows each its inputs, for little more than the cost of one pass. In memory at
 any time: one block, the hidden states between two blocks, one Hessian (when errors are propagated:
-the block and the hidden states as they were before, too), and 256 MiB at most of what goes through
-parts of the block. Where the other blocks are meanwhile, and hidden states, is a `Residence`'s
-business.
+the block and the hidden states as they were before, too), and up to 256 MiB of what goes through
+the parts of each block that is there. Where the other blocks are meanwhile, and hidden states, is a
+`Residence`'s business.
 """
 
 from __future__ import annotations

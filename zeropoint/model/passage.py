@@ -53,7 +53,7 @@ class Passage:
         self.parts: Sequence[Part] = ()
         self._memory = _Memory(0 if isinstance(stream.hidden, Shelf) else KEPT_BYTES)
         self._inputs: dict[tuple[str, int], Tensor] = {}  # of linear layers, by batch
-        self._outputs: dict[tuple[str, int], Tensor] = {}
+        self._outputs: dict[tuple[str, int], Tensor] = {}  # in the inputs' memory: known first
 
     def __len__(self) -> int:
         """How many batches there are."""
