@@ -12,7 +12,7 @@ from zeropoint.qtensor import QTensor
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 BFLOAT16_ROUNDOFF = 2.0**-9
-Q16_MAX = 127 * 256 + 127  # largest activation of the native kernel, in two planes of int8
+Q_MAX = {"integer": 127 * 256 + 127, "codebook": (1 << 14) - 1}  # activations of the native kernel
 
 CHECKED_ROWS, CHECKED_TOKENS = 32, 8
 
@@ -59,7 +59,8 @@ def _bound(x: Tensor, weight: QTensor, as_bfloat16: bool) -> Tensor:
     float32 sums: LAMBDA sqrt(K) u S and 4 u S for scales and products, S = |x| @ |weight|.T. Codes
     of integer formats are multiplied unsigned, which adds up to scale * 2^bits to |weight|, by
     activations of 16 bits: an error below step / 2 each, so LAMBDA / 2 * step * |weight|_2
-    (Hoeffding). A kernel may round an 8-bit activation that is almost half way to the other side.
+    (Hoeffding); those of a codebook by 15 bits, and its levels are off by 2^-14 of the largest of
+    a group at most. A kernel may round an 8-bit activation that is almost half way to the other side.
     """
     scheme, k = weight.scheme, x.shape[1]
     values = reference.weight_values(weight)
@@ -76,8 +77,12 @@ def _bound(x: Tensor, weight: QTensor, as_bfloat16: bool) -> Tensor:
         from_half = (quotient - quotient.floor() - 0.5).abs()
         close = (from_half <= 4 * 128 * UNIT_ROUNDOFF).double()
         bound += largest / 127 * (close @ values.abs().T)
-    elif scheme.fmt.kind == "integer":
-        bound += LAMBDA / 2 * largest / Q16_MAX * values.norm(dim=1)
+    elif scheme.fmt.kind in Q_MAX:
+        bound += LAMBDA / 2 * largest / Q_MAX[scheme.fmt.kind] * values.norm(dim=1)
+    if scheme.fmt.kind == "codebook":
+        group = min(scheme.group_size or k, k)
+        top = magnitudes.unflatten(1, (-1, group)).amax(-1).repeat_interleave(group, dim=1)
+        bound += LAMBDA * 2.0**-14 * (x.square() @ top.square().T).sqrt()
     if as_bfloat16:
         bound += LAMBDA * 2 * BFLOAT16_ROUNDOFF * (x.square() @ values.square().T).sqrt()
     return bound

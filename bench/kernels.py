@@ -125,8 +125,8 @@ def _cold(
             progress(f"cold: {scheme}, {n} x {k}, {threads} threads")
             weight = quantized(scheme, n, k)
             calls = our_calls(weight, count_for(weight.nbytes, plan.cold_bytes))
-            rounds = _rounds(x, rates, threads)
-            error = check_linear(str(scheme), calls[0](x), x, weight, as_bfloat16=rounds)
+            as_bfloat16 = _rounds(x, rates, threads)
+            error = check_linear(str(scheme), calls[0](x), x, weight, as_bfloat16=as_bfloat16)
             turns = {
                 **reads,
                 "ours": partial(walk, calls, x, plan.clock),

@@ -173,83 +173,115 @@ inline __m256i spread(const uint8_t* p, int v) {
   return _mm256_srli_epi16(_mm256_mullo_epi16(pairs, _mm256_load_si256((const __m256i*)s.factors)), 16 - BITS);
 }
 
-// Products of bytes are summed in 16 bits, two by two, by vpmaddubsw: codes of up to 4 bits cannot overflow them, and
-// q is two planes of int8. Wider codes become 16 bits themselves, and q stays one plane of int16.
+// Which block's factor each of the 8 sums of a chunk takes: sum t covers CHUNK / 8 columns from there on, but for odd
+// widths and bytes the first four cover the lower half of the chunk and the others the upper. Of at most four blocks,
+// whose factors are read with their neighbours: a load that lies within one earlier store does not stall.
+template <int CHUNK>
+struct LanesOf {
+  __m256i index[4];  // by where the first block is among its four neighbours
+  int shift;
+  explicit LanesOf(int64_t block) {
+    int per_chunk = block < CHUNK ? (int)(CHUNK / block) : 1;
+    shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
+    for (int first = 0; first < 4; first++) {
+      alignas(32) int32_t lane[8];
+      for (int t = 0; t < 8; t++) lane[t] = first + t * per_chunk / 8;
+      index[first] = _mm256_load_si256((const __m256i*)lane);
+    }
+  }
+  inline F scales(const float* factor, int64_t chunk) const {
+    int64_t block = (chunk * CHUNK) >> shift;
+    return _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)(factor + (block & ~3))), index[block & 3]);
+  }
+};
+
+// 8 partial sums of V vectors of 16-bit words times q.
+template <int V>
+inline F words_mac(const __m256i* words, const uint8_t* q) {
+  auto at = [&](int64_t v) INLINE { return _mm256_loadu_si256((const __m256i*)(q + 32 * v)); };
+  __m256i sums = _mm256_madd_epi16(words[0], at(0));
+  unroll<V - 1>([&](auto v) INLINE { sums = _mm256_add_epi32(sums, _mm256_madd_epi16(words[v + 1], at(v + 1))); });
+  return _mm256_cvtepi32_ps(sums);
+}
+
+// Codes and q as 16 bits, multiplied by vpmaddwd; or, where the sum of two products of bytes cannot overflow 16 bits,
+// both as bytes, by vpmaddubsw: codes of 4 bits with q of one byte, and of 2 bits also with q of two, as two planes.
+template <int WIDTH, int Q>
 struct Integer {
-  template <int BITS>
-  static constexpr bool AS_BYTES = BITS == 2 || BITS == 4;
-  // Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1, 2, 3 modulo 4, 8 bits in order,
-  // others as vectors of the octets v and 4 + v.
-  template <int BITS>
-  static constexpr int CHUNK = BITS == 8   ? 32
-                               : BITS == 2 ? 128
-                                           : 64;
-  template <int BITS, int P>
-  static constexpr int BYTES = CHUNK<BITS> * (AS_BYTES<BITS> ? P : 2);
-  template <int BITS>
-  static constexpr int VECTORS = AS_BYTES<BITS> ? 8 / BITS : CHUNK<BITS> / 16;
+  static constexpr int BITS = WIDTH;
+  static constexpr float HALF = 1 << (BITS - 1), unit = 1;
+  static constexpr bool AS_BYTES = BITS == 2 || (BITS == 4 && Q == 1);
+  static constexpr int CHUNK = BITS == 2 ? 128 : 64;
+  static constexpr int BYTES = CHUNK * (AS_BYTES ? Q : 2);
+  static constexpr int VECTORS = AS_BYTES ? 8 / BITS : CHUNK / 16;
+  using Lanes = LanesOf<CHUNK>;
+
+  explicit Integer(const IntegerLevels&) {}
 
   struct Codes {
     __m256i v[4];
   };
-  template <int BITS>
-  static inline Codes codes(const uint8_t* p) {
+  inline Codes codes(const uint8_t* p) const {
     Codes c;
     if constexpr (BITS == 8) {
-      unroll<2>([&](auto v) INLINE { c.v[v] = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * v))); });
-    } else if constexpr (AS_BYTES<BITS>) {
-      __m256i x = _mm256_loadu_si256((const __m256i*)p), mask = _mm256_set1_epi8((1 << BITS) - 1);
-      unroll<VECTORS<BITS>>([&](auto v) INLINE { c.v[v] = _mm256_and_si256(_mm256_srli_epi16(x, BITS * v), mask); });
+      unroll<2>([&](auto h) INLINE {
+        __m256i x = _mm256_loadu2_m128i((const __m128i*)(p + 32 + 16 * h), (const __m128i*)(p + 16 * h));
+        c.v[2 * h] = _mm256_and_si256(x, _mm256_set1_epi16(255)), c.v[2 * h + 1] = _mm256_srli_epi16(x, 8);
+      });
+    } else if constexpr (BITS == 2 || BITS == 4) {
+      constexpr int LANE = AS_BYTES ? 8 : 16;  // bits that hold one code in the end
+      const __m256i mask = AS_BYTES ? _mm256_set1_epi8((1 << BITS) - 1) : _mm256_set1_epi16((1 << BITS) - 1);
+      __m256i x = _mm256_loadu_si256((const __m256i*)p);
+      unroll<VECTORS>([&](auto v) INLINE {
+        c.v[v] = _mm256_srli_epi16(x, BITS * v);
+        if (LANE == 8 || v < VECTORS - 1) c.v[v] = _mm256_and_si256(c.v[v], mask);
+      });
     } else {
       unroll<4>([&](auto v) INLINE { c.v[v] = spread<BITS>(p, v); });
     }
     return c;
   }
-  template <int BITS>
-  static inline Codes codes_part(const uint8_t* p, int64_t bytes) {
-    if (bytes == CHUNK<BITS> * BITS / 8) return codes<BITS>(p);
-    uint8_t whole[CHUNK<BITS> * BITS / 8] = {};
+  inline Codes codes_part(const uint8_t* p, int64_t bytes) const {
+    if (bytes == CHUNK * BITS / 8) return codes(p);
+    uint8_t whole[CHUNK * BITS / 8] = {};
     __builtin_memcpy(whole, p, bytes);
-    return codes<BITS>(whole);
+    return codes(whole);
   }
 
   // Column of a chunk that code i of vector v belongs to.
-  template <int BITS>
   static constexpr int column(int v, int i) {
-    if (AS_BYTES<BITS>) return VECTORS<BITS> * i + v;
-    return BITS == 8 ? 16 * v + i : 8 * v + i % 8 + i / 8 * 32;
+    if (BITS == 8) return v / 2 * 16 + i / 8 * 32 + 2 * (i % 8) + v % 2;
+    return BITS == 2 || BITS == 4 ? VECTORS * i + v : 8 * v + i % 8 + i / 8 * 32;
   }
-  template <int BITS, int P>
   static inline void arrange(const int16_t* q, uint8_t* out) {
-    if constexpr (AS_BYTES<BITS>) {
-      int8_t *high = (int8_t*)out, *low = high + CHUNK<BITS> * (P - 1);  // q = 256 * high + low, or low alone
-      for (int v = 0; v < VECTORS<BITS>; v++) {
+    if constexpr (AS_BYTES) {
+      int8_t *high = (int8_t*)out, *low = high + CHUNK * (Q - 1);  // q = 256 * high + low, or low alone
+      for (int v = 0; v < VECTORS; v++) {
         for (int i = 0; i < 32; i++) {
-          int16_t value = q[column<BITS>(v, i)];
-          if constexpr (P == 2) high[32 * v + i] = (int8_t)((value + 128) >> 8);
+          int16_t value = q[column(v, i)];
+          if constexpr (Q == 2) high[32 * v + i] = (int8_t)((value + 128) >> 8);
           low[32 * v + i] = (int8_t)value;
         }
       }
     } else {
       int16_t* to = (int16_t*)out;
-      for (int v = 0; v < VECTORS<BITS>; v++) {
-        for (int i = 0; i < 16; i++) to[16 * v + i] = q[column<BITS>(v, i)];
+      for (int v = 0; v < VECTORS; v++) {
+        for (int i = 0; i < 16; i++) to[16 * v + i] = q[column(v, i)];
       }
     }
   }
 
   // 8 partial sums of codes * q.
-  template <int BITS, int P>
   static inline F mac(const Codes& c, const uint8_t* q) {
     auto at = [&](int64_t v) INLINE { return _mm256_loadu_si256((const __m256i*)(q + 32 * v)); };
-    constexpr int V = VECTORS<BITS>;
-    if constexpr (AS_BYTES<BITS>) {  // at most 4 * 2 * 3 * 128 or 2 * 2 * 15 * 128 in 16 bits
-      __m256i low = _mm256_maddubs_epi16(c.v[0], at(V * (P - 1)));
+    constexpr int V = VECTORS;
+    if constexpr (AS_BYTES) {  // at most 4 * 2 * 3 * 128 or 2 * 2 * 15 * 128 in 16 bits
+      __m256i low = _mm256_maddubs_epi16(c.v[0], at(V * (Q - 1)));
       unroll<V - 1>([&](auto v) INLINE {
-        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(c.v[v + 1], at(V * (P - 1) + v + 1)));
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16(c.v[v + 1], at(V * (Q - 1) + v + 1)));
       });
       __m256i sums = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
-      if constexpr (P == 2) {
+      if constexpr (Q == 2) {
         __m256i high = _mm256_maddubs_epi16(c.v[0], at(0));
         unroll<V - 1>([&](auto v)
                           INLINE { high = _mm256_add_epi16(high, _mm256_maddubs_epi16(c.v[v + 1], at(v + 1))); });
@@ -257,76 +289,56 @@ struct Integer {
       }
       return _mm256_cvtepi32_ps(sums);
     } else {
-      __m256i sums = _mm256_madd_epi16(c.v[0], at(0));
-      unroll<V - 1>([&](auto v) INLINE { sums = _mm256_add_epi32(sums, _mm256_madd_epi16(c.v[v + 1], at(v + 1))); });
-      return _mm256_cvtepi32_ps(sums);
+      return words_mac<V>(c.v, q);
     }
   }
+};
 
-  // Which block's factor each of the 8 sums of a chunk takes: sum t covers CHUNK / 8 columns from there on, but for odd
-  // widths the first four cover the lower half of the chunk and the others the upper. Of at most four blocks, whose
-  // factors are read with their neighbours: a load that lies within one earlier store does not stall.
-  template <int BITS>
-  struct Lanes {
-    __m256i index[4];  // by where the first block is among its four neighbours
-    int shift;
-    explicit Lanes(int64_t block) {
-      int per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
-      shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
-      for (int first = 0; first < 4; first++) {
-        alignas(32) int32_t lane[8];
-        for (int t = 0; t < 8; t++) lane[t] = first + t * per_chunk / 8;
-        index[first] = _mm256_load_si256((const __m256i*)lane);
-      }
-    }
-    inline F scales(const float* factor, int64_t chunk) const {
-      int64_t block = (chunk * CHUNK<BITS>) >> shift;
-      return _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)(factor + (block & ~3))), index[block & 3]);
-    }
+// Levels as 16 bits: bytes of 32 low nibbles, then of 32 high ones, are looked up and interleaved.
+struct Codebook {
+  static constexpr int BITS = 4, CHUNK = 64, BYTES = 128;
+  static constexpr float HALF = 0;
+  using Lanes = LanesOf<CHUNK>;
+  __m256i low, high;  // bytes of the levels
+  float unit;
+
+  explicit Codebook(const IntegerLevels& levels) : unit(levels.unit) {
+    __m256i words = _mm256_load_si256((const __m256i*)levels.value);
+    const __m256i split =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    __m256i bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(words, split), 0xd8);
+    low = _mm256_permute2x128_si256(bytes, bytes, 0x00), high = _mm256_permute2x128_si256(bytes, bytes, 0x11);
+  }
+
+  struct Codes {
+    __m256i v[4];
   };
+  inline Codes codes(const uint8_t* p) const {
+    Codes c;
+    __m256i x = _mm256_loadu_si256((const __m256i*)p);
+    unroll<2>([&](auto h) INLINE {
+      __m256i nibbles = _mm256_and_si256(_mm256_srli_epi16(x, 4 * h), _mm256_set1_epi8(15));
+      __m256i lower = _mm256_shuffle_epi8(low, nibbles), upper = _mm256_shuffle_epi8(high, nibbles);
+      c.v[2 * h] = _mm256_unpacklo_epi8(lower, upper), c.v[2 * h + 1] = _mm256_unpackhi_epi8(lower, upper);
+    });
+    return c;
+  }
+  inline Codes codes_part(const uint8_t* p, int64_t bytes) const {
+    if (bytes == 32) return codes(p);
+    uint8_t whole[32] = {};
+    __builtin_memcpy(whole, p, bytes);
+    return codes(whole);
+  }
+  static inline void arrange(const int16_t* q, uint8_t* out) {
+    int16_t* to = (int16_t*)out;
+    for (int v = 0; v < 4; v++) {
+      for (int i = 0; i < 16; i++) to[16 * v + i] = q[2 * (i / 8 * 16 + v % 2 * 8 + i % 8) + v / 2];
+    }
+  }
+  static inline F mac(const Codes& c, const uint8_t* q) { return words_mac<4>(c.v, q); }
 };
 
 #include "body.inc.h"
-
-using Words = __m256i;
-inline Words load_words(const uint8_t* p, int64_t bytes) {
-  if (bytes >= 32) return _mm256_loadu_si256((const __m256i*)p);
-  alignas(32) uint8_t whole[32] = {};
-  __builtin_memcpy(whole, p, bytes);
-  return _mm256_load_si256((const __m256i*)whole);
-}
-
-struct Codebook {  // 32 low nibbles, then 32 high ones: each byte of their levels is looked up, and four interleaved
-  __m256i byte[4];
-  explicit Codebook(const float* p) {
-    const __m256i by_byte =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    const __m256i by_lane = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    __m256i half[2];  // of the levels: their first bytes, their second ...
-    unroll<2>([&](auto h) INLINE {
-      __m256i x = _mm256_loadu_si256((const __m256i*)(p + 8 * h));
-      half[h] = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(x, by_byte), by_lane);
-    });
-    __m256i even = _mm256_unpacklo_epi64(half[0], half[1]), odd = _mm256_unpackhi_epi64(half[0], half[1]);
-    byte[0] = _mm256_permute2x128_si256(even, even, 0x00), byte[1] = _mm256_permute2x128_si256(odd, odd, 0x00);
-    byte[2] = _mm256_permute2x128_si256(even, even, 0x11), byte[3] = _mm256_permute2x128_si256(odd, odd, 0x11);
-  }
-  static int column(int v, int i) { return 2 * (i / 4 * 16 + v % 4 * 4 + i % 4) + v / 4; }
-  template <class Use>
-  inline INLINE void each(Words words, const Use& use) const {
-    unroll<2>([&](auto h) INLINE {
-      __m256i codes = _mm256_and_si256(_mm256_srli_epi16(words, 4 * h), _mm256_set1_epi8(15));
-      __m256i b0 = _mm256_shuffle_epi8(byte[0], codes), b1 = _mm256_shuffle_epi8(byte[1], codes);
-      __m256i b2 = _mm256_shuffle_epi8(byte[2], codes), b3 = _mm256_shuffle_epi8(byte[3], codes);
-      __m256i low = _mm256_unpacklo_epi8(b0, b1), high = _mm256_unpacklo_epi8(b2, b3);
-      use(Index<4 * h>(), _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high)));
-      use(Index<4 * h + 1>(), _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high)));
-      low = _mm256_unpackhi_epi8(b0, b1), high = _mm256_unpackhi_epi8(b2, b3);
-      use(Index<4 * h + 2>(), _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high)));
-      use(Index<4 * h + 3>(), _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high)));
-    });
-  }
-};
 
 struct NaNs {  // of e4m3
   __m128i seen = _mm_setzero_si128();
@@ -373,7 +385,6 @@ size_t prepared_bytes2(const Job& j) { return is_integer_gemm(j) ? integer_prepa
 
 void prepare2(const Job& j, int64_t unit) {
   if (is_integer_gemm(j)) return prepare_integer(j, unit);
-  if (is_decoded(j)) return prepare_decoded(j, unit);
   prepare(j, unit);
 }
 

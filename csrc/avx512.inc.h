@@ -101,6 +101,12 @@ inline __attribute__((always_inline)) __m512i dot_bytes(__m512i acc, __m512i cod
   return acc;
 }
 
+// The same of 16-bit words, two products in each lane of 32 bits.
+inline INLINE __m512i dot_words(__m512i acc, __m512i words, __m512i q) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(words), "v"(q));
+  return acc;
+}
+
 inline __mmask64 first(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
 
 // 64 codes in order from 8 * BITS bytes, for the widths that do not divide a byte.
@@ -166,18 +172,44 @@ inline __m512i spread(__m512i packed) {
 }
 #endif
 
+#include "spread.inc.h"
+
+// Which block's factor each of the 16 sums of a chunk takes: sum t covers 4 * CHUNK / 64 columns from 4 * t on, or
+// BY_FOUR 16 columns from 16 * (t % 4) on. Of at most four blocks, whose factors are read with their neighbours:
+// a load that lies within one earlier store does not stall.
+template <int CHUNK, bool BY_FOUR = false>
+struct LanesOf {
+  __m512i index[4];  // by where the first block is among its four neighbours
+  int shift;
+  explicit LanesOf(int64_t block) {
+    int per_chunk = block < CHUNK ? (int)(CHUNK / block) : 1;
+    shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
+    for (int first = 0; first < 4; first++) {
+      alignas(64) int32_t lane[16];
+      for (int t = 0; t < 16; t++) lane[t] = first + (BY_FOUR ? t % 4 * 4 : t) * per_chunk / 16;
+      index[first] = _mm512_load_si512(lane);
+    }
+  }
+  inline F scales(const float* factor, int64_t chunk) const {
+    int64_t block = (chunk * CHUNK) >> shift;
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(factor + (block & ~3))), index[block & 3]);
+  }
+};
+
+// Codes as bytes, q as Q planes of them. Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1,
+// 2, 3 modulo 4, others in order.
+template <int WIDTH, int Q>
 struct Integer {
-  // Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1, 2, 3 modulo 4, others in order.
-  template <int BITS>
-  static constexpr int CHUNK = BITS == 4 ? 128 : 64;
-  template <int BITS, int P>
-  static constexpr int BYTES = CHUNK<BITS> * P;
+  static constexpr int BITS = WIDTH, CHUNK = BITS == 4 ? 128 : 64, BYTES = CHUNK * Q;
+  static constexpr float HALF = 1 << (BITS - 1), unit = 1;
+  using Lanes = LanesOf<CHUNK, BITS == 2>;
+
+  explicit Integer(const IntegerLevels&) {}
 
   struct Codes {
     __m512i v[2];
   };
 
-  template <int BITS>
   static inline Codes split(__m512i x) {
     if constexpr (BITS == 8) {
       return {{x, x}};
@@ -195,30 +227,27 @@ struct Integer {
     }
   }
 
-  template <int BITS>
-  static inline Codes codes(const uint8_t* p) {
-    if constexpr (BITS == 8 || BITS == 4) return split<BITS>(_mm512_loadu_si512(p));
-    return split<BITS>(_mm512_maskz_loadu_epi8(first(8 * BITS), p));
+  inline Codes codes(const uint8_t* p) const {
+    if constexpr (BITS == 8 || BITS == 4) return split(_mm512_loadu_si512(p));
+    return split(_mm512_maskz_loadu_epi8(first(8 * BITS), p));
   }
-  template <int BITS>
-  static inline Codes codes_part(const uint8_t* p, int64_t bytes) {
-    return split<BITS>(_mm512_maskz_loadu_epi8(first(bytes), p));
+  inline Codes codes_part(const uint8_t* p, int64_t bytes) const {
+    return split(_mm512_maskz_loadu_epi8(first(bytes), p));
   }
 
   // q of a chunk -> planes of int8: high then low of q = 256 * high + low, or q itself; each in the order of the codes.
-  template <int BITS, int P>
   static inline void arrange(const int16_t* q, uint8_t* out) {
     const __m512i round = _mm512_set1_epi32(128);
     if constexpr (BITS == 4) {
       for (int i = 0; i < 4; i++) {
         __m512i pair = _mm512_loadu_si512(q + 32 * i);
         __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(pair, 16), 16), odd = _mm512_srai_epi32(pair, 16);
-        if constexpr (P == 2) {
+        if constexpr (Q == 2) {
           put16(out + 16 * i, _mm512_srai_epi32(_mm512_add_epi32(even, round), 8));
           put16(out + 64 + 16 * i, _mm512_srai_epi32(_mm512_add_epi32(odd, round), 8));
         }
-        put16(out + 128 * (P - 1) + 16 * i, even);
-        put16(out + 128 * (P - 1) + 64 + 16 * i, odd);
+        put16(out + 128 * (Q - 1) + 16 * i, even);
+        put16(out + 128 * (Q - 1) + 64 + 16 * i, odd);
       }
     } else {
       for (int i = 0; i < 4; i++) {
@@ -231,51 +260,62 @@ struct Integer {
         } else {
           v = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)(q + 16 * i)));
         }
-        if constexpr (P == 2) put16(out + 16 * i, _mm512_srai_epi32(_mm512_add_epi32(v, round), 8));
-        put16(out + 64 * (P - 1) + 16 * i, v);
+        if constexpr (Q == 2) put16(out + 16 * i, _mm512_srai_epi32(_mm512_add_epi32(v, round), 8));
+        put16(out + 64 * (Q - 1) + 16 * i, v);
       }
     }
   }
   static inline void put16(uint8_t* out, __m512i v) { _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(v)); }
 
   // 16 partial sums of codes * q.
-  template <int BITS, int P>
   static inline F mac(const Codes& c, const uint8_t* q) {
     constexpr int V = BITS == 4 ? 2 : 1;
     __m512i high = _mm512_setzero_si512();
     for (int v = 0; v < V; v++) high = dot_bytes(high, c.v[v], _mm512_loadu_si512(q + 64 * v));
-    if constexpr (P == 2) {
+    if constexpr (Q == 2) {
       __m512i low = _mm512_slli_epi32(high, 8);
       for (int v = 0; v < V; v++) low = dot_bytes(low, c.v[v], _mm512_loadu_si512(q + 64 * (V + v)));
       return _mm512_cvtepi32_ps(low);
     }
     return _mm512_cvtepi32_ps(high);
   }
-
-  // Which block's factor each of the 16 sums of a chunk takes: sum t covers 4 * CHUNK / 64 columns from 4 * t on, but
-  // for 2 bits 16 columns from 16 * (t % 4) on. Of at most four blocks, whose factors are read with their neighbours:
-  // a load that lies within one earlier store does not stall.
-  template <int BITS>
-  struct Lanes {
-    __m512i index[4];  // by where the first block is among its four neighbours
-    int shift;
-    explicit Lanes(int64_t block) {
-      int per_chunk = block < CHUNK<BITS> ? (int)(CHUNK<BITS> / block) : 1;
-      shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
-      for (int first = 0; first < 4; first++) {
-        alignas(64) int32_t lane[16];
-        for (int t = 0; t < 16; t++) lane[t] = first + (BITS == 2 ? t % 4 * 4 : t) * per_chunk / 16;
-        index[first] = _mm512_load_si512(lane);
-      }
-    }
-    inline F scales(const float* factor, int64_t chunk) const {
-      int64_t block = (chunk * CHUNK<BITS>) >> shift;
-      return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(factor + (block & ~3))), index[block & 3]);
-    }
-  };
 };
 
-#include "spread.inc.h"
+// Levels as 16 bits, looked up by words whose lowest nibble is a code, in a table that holds them twice.
+struct Codebook {
+  static constexpr int BITS = 4, CHUNK = 128, BYTES = 256;
+  static constexpr float HALF = 0;
+  using Lanes = LanesOf<CHUNK>;
+  __m512i levels;
+  float unit;
+
+  explicit Codebook(const IntegerLevels& integers)
+      : levels(_mm512_broadcast_i64x4(_mm256_load_si256((const __m256i*)integers.value))), unit(integers.unit) {}
+
+  struct Codes {
+    __m512i v[4];
+  };
+  inline Codes split(__m512i x) const {
+    Codes c;
+    unroll<4>([&](auto v) INLINE { c.v[v] = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4 * v), levels); });
+    return c;
+  }
+  inline Codes codes(const uint8_t* p) const { return split(_mm512_loadu_si512(p)); }
+  inline Codes codes_part(const uint8_t* p, int64_t bytes) const {
+    return split(_mm512_maskz_loadu_epi8(first(bytes), p));
+  }
+  static inline void arrange(const int16_t* q, uint8_t* out) {
+    int16_t* to = (int16_t*)out;
+    for (int v = 0; v < 4; v++) {
+      for (int i = 0; i < 32; i++) to[32 * v + i] = q[4 * i + v];
+    }
+  }
+  static inline F mac(const Codes& c, const uint8_t* q) {
+    __m512i sums = _mm512_setzero_si512();
+    unroll<4>([&](auto v) INLINE { sums = dot_words(sums, c.v[v], _mm512_loadu_si512(q + 64 * v)); });
+    return _mm512_cvtepi32_ps(sums);
+  }
+};
 
 inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
   const __m512i low = _mm512_set1_epi8(15);
@@ -300,19 +340,6 @@ inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
 }
 
 #include "body.inc.h"
-
-using Words = __m512i;
-inline Words load_words(const uint8_t* p, int64_t bytes) { return _mm512_maskz_loadu_epi8(first(bytes), p); }
-
-struct Codebook {  // nibble v of every word
-  F levels;
-  explicit Codebook(const float* p) : levels(load(p)) {}
-  static int column(int v, int i) { return 8 * i + v; }
-  template <class Use>
-  inline INLINE void each(Words words, const Use& use) const {
-    unroll<8>([&](auto v) INLINE { use(v, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * v), levels)); });
-  }
-};
 
 struct NaNs {  // of e4m3
   __mmask32 seen = 0;
@@ -368,7 +395,6 @@ size_t prepared_bytes512(const Job& j) { return is_integer_gemm(j) ? integer_pre
 
 void prepare512(const Job& j, int64_t unit) {
   if (is_integer_gemm(j)) return prepare_integer(j, unit);
-  if (is_decoded(j)) return prepare_decoded(j, unit);
   prepare(j, unit);
 }
 

@@ -13,7 +13,8 @@
 //   load_f16_part, load_i8_part    the same of the first `count` < W, then 0
 //   lookup16       levels[code] for W codes at a pointer, codes below 16
 //   unpack, pack   codes of a packed row <-> one byte each
-//   struct Integer the dot product of codes and integer activations: CHUNK<BITS>, BYTES<BITS, P>, arrange, mac, scales
+//   Integer<BITS>, Codebook   codes of a packed row as integers, and their products with integer activations:
+//                  CHUNK, BITS, BYTES<P>, HALF, arrange, codes, codes_part, mac, Lanes, unit
 
 // --- weights ---
 
@@ -119,10 +120,13 @@ static inline float read_zero_point(const zp_format& f, const void* zero_point, 
 
 // What is subtracted from a stored code: it is unsigned on disk.
 static inline float offset_of(const zp_weight& w, int64_t row, int64_t group) {
+  if (w.format->kind == ZP_CODEBOOK) return 0;
   float half = (float)(1 << (w.format->bits - 1));
   if (!w.zero_point) return half;
   return half + read_zero_point(*w.format, w.zero_point, row * w.format->scale_stride + group);
 }
+
+static inline bool is_integer(const Job& j) { return j.format->kind == ZP_INTEGER; }
 
 static inline zp_weight weight_of(const Job& j) { return {j.format, j.packed, j.scale, j.zero_point, j.levels}; }
 
@@ -209,13 +213,14 @@ static inline const uint8_t* x_row(const Job& j, int64_t m) {
 }
 
 static constexpr float Q16_MAX = 127 * 256 + 127;  // both planes of q = 256 * high + low fit int8
+static constexpr float Q15_MAX = 16383;            // times levels of up to 2^14, 8 products fit 32 bits
 
 // One token: q (blocks * block values, zero past k), x_scale and x_scale * sum(q) of each block.
 static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float* x_scale, float* x_sum) {
   int64_t k = j.format->k, padded = round_up(k, 64);
   to_f32(x_row(j, m), j.x_dtype, k, x);
   for (int64_t i = k; i < padded; i++) x[i] = 0;
-  float limit = j.int8_activations ? 127.0f : Q16_MAX;
+  float limit = j.int8_activations ? 127.0f : j.format->kind == ZP_CODEBOOK ? Q15_MAX : Q16_MAX;
   float whole = 0;
   if (j.int8_activations) {
     F top = zero();
@@ -249,32 +254,32 @@ static constexpr int64_t AHEAD = 6144;  // bytes of weight fetched before they a
 
 // --- dot: few tokens, every weight used as soon as it is unpacked ---
 
-struct Token {  // of a prepared integer job
+struct Token {  // of a prepared job of integers or codebooks
   const uint8_t* q;
   const float* scale;
   const float* sum;
 };
 
-template <int BITS>
+template <class Source>
 static size_t arranged_bytes(const Job& j) {
-  int64_t chunks = (j.format->k + Integer::CHUNK<BITS> - 1) / Integer::CHUNK<BITS>;
-  return round_up(chunks * (j.int8_activations ? Integer::BYTES<BITS, 1> : Integer::BYTES<BITS, 2>), 64);
+  int64_t chunks = (j.format->k + Source::CHUNK - 1) / Source::CHUNK;
+  return round_up(chunks * Source::BYTES, 64);
 }
 
 static inline size_t sums_bytes(const Job& j) { return round_up((j.blocks + PAD) * 4, 64); }
 
-template <int BITS>
+template <class Source>
 static inline Token token(const Job& j, int64_t m) {
-  size_t size = arranged_bytes<BITS>(j), sums = sums_bytes(j);
+  size_t size = arranged_bytes<Source>(j), sums = sums_bytes(j);
   const uint8_t* p = j.prepared + m * (size + 2 * sums);
   return {p, (const float*)(p + size), (const float*)(p + size + sums)};
 }
 
-template <int BITS>
+template <class Source>
 static void prepare_dot(const Job& j, int64_t m) {
-  Token t = token<BITS>(j, m);
-  int64_t chunks = (j.format->k + Integer::CHUNK<BITS> - 1) / Integer::CHUNK<BITS>;
-  int64_t padded = round_up(chunks * Integer::CHUNK<BITS>, 128);
+  constexpr int CHUNK = Source::CHUNK;
+  Token t = token<Source>(j, m);
+  int64_t chunks = (j.format->k + CHUNK - 1) / CHUNK, padded = round_up(chunks * CHUNK, 128);
   float* x = (float*)__builtin_alloca(padded * 4 + 64);
   int16_t* q = (int16_t*)__builtin_alloca(padded * 2 + 64);
   int64_t filled = round_up(j.format->k, 64);
@@ -283,11 +288,7 @@ static void prepare_dot(const Job& j, int64_t m) {
   for (int64_t i = 0; i < PAD; i++) ((float*)t.scale)[j.blocks + i] = ((float*)t.sum)[j.blocks + i] = 0;
   uint8_t* out = (uint8_t*)t.q;
   for (int64_t c = 0; c < chunks; c++) {
-    if (j.int8_activations) {
-      Integer::arrange<BITS, 1>(q + c * Integer::CHUNK<BITS>, out + c * Integer::BYTES<BITS, 1>);
-    } else {
-      Integer::arrange<BITS, 2>(q + c * Integer::CHUNK<BITS>, out + c * Integer::BYTES<BITS, 2>);
-    }
+    Source::arrange(q + c * CHUNK, out + c * Source::BYTES);
   }
 }
 
@@ -314,6 +315,7 @@ struct Blocks {
 
   inline INLINE F scales(int64_t n, int64_t b) const {
     int64_t at = n * f.scale_stride, count = j.blocks - b;
+    if (f.group_size >= f.k) return set1(read_scale(f, j.scale, at));
     if (per_group == 1 && f.scale_dtype == ZP_F16) {
       const uint16_t* p = (const uint16_t*)j.scale + at + b;
       return count >= W ? load_f16(p) : load_f16_part(p, count);
@@ -342,26 +344,28 @@ struct Blocks {
 };
 
 // Rows [n0, n1) times MR tokens from m0 on.
-template <int BITS, int P, int MR>
+template <class Source, int MR>
 static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scratch) {
-  constexpr int CHUNK = Integer::CHUNK<BITS>, CHUNK_BYTES = CHUNK * BITS / 8;
+  constexpr int CHUNK = Source::CHUNK, CHUNK_BYTES = CHUNK * Source::BITS / 8, BYTES = Source::BYTES;
   constexpr int TOGETHER = 4;  // rows whose sums are added up at the same time
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
   int64_t chunks = (f.k + CHUNK - 1) / CHUNK, last = j.row_bytes - (chunks - 1) * CHUNK_BYTES;
-  bool by_row = f.group_size >= f.k;  // one scale: applied at the end
+  bool by_row = is_integer(j) && f.group_size >= f.k;  // one scale: applied at the end
   int64_t stride = round_up(j.blocks, W) + PAD;
   Token t[MR];
   const float* factor[MR];
   float token_sum[MR] = {};
   for (int r = 0; r < MR; r++) {
-    t[r] = token<BITS>(j, m0 + r);
+    t[r] = token<Source>(j, m0 + r);
     factor[r] = by_row ? t[r].scale : scratch + r * stride;
     for (int64_t b = 0; by_row && b < j.blocks; b++) token_sum[r] += t[r].sum[b];
   }
-  const F half = set1((float)(1 << (BITS - 1)));
+  const F half = set1(Source::HALF);
   const Blocks blocks(j);
-  const Integer::Lanes<BITS> lanes(j.block);
+  const typename Source::Lanes lanes(j.block);
+  alignas(64) float own[16];
+  Source source{IntegerLevels(levels_of(w, n0, own))};
   alignas(64) float totals[MR][TOGETHER][W];
   for (int64_t n = n0; n < n1;) {
     int64_t rows = n1 - n < TOGETHER ? n1 - n : TOGETHER;
@@ -369,6 +373,7 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
          i++) {     // not unrolled: hardware fetches ahead of one instruction that reads on and on
       F total[MR];  // starts at minus the correction of every block
       unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
+      if (w.levels) source = Source(IntegerLevels(levels_of(w, n + i, own)));
       for (int64_t b = 0; !by_row && b < j.blocks; b += W) {
         // factor = scale * x_scale; correction = sum of scale * offset * x_sum
         F scale = blocks.scales(n + i, b), minus = mul(add(blocks.zero_points(n + i, b), half), scale);
@@ -380,16 +385,17 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
       const uint8_t* p = j.packed + (n + i) * j.row_bytes;
       for (int64_t c = 0; c < chunks - 1; c++) {
         __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
-        auto codes = Integer::codes<BITS>(p + c * CHUNK_BYTES);
+        auto codes = source.codes(p + c * CHUNK_BYTES);
         unroll<MR>([&](auto r) INLINE {
-          total[r] = fma(Integer::mac<BITS, P>(codes, t[r].q + c * Integer::BYTES<BITS, P>), lanes.scales(factor[r], c),
-                         total[r]);
+          F part = Source::mac(codes, t[r].q + c * BYTES);
+          total[r] = fma(part, lanes.scales(factor[r], c), total[r]);
         });
       }
-      auto codes = Integer::codes_part<BITS>(p + (chunks - 1) * CHUNK_BYTES, last);
+      auto codes = source.codes_part(p + (chunks - 1) * CHUNK_BYTES, last);
       unroll<MR>([&](auto r) INLINE {
-        F part = Integer::mac<BITS, P>(codes, t[r].q + (chunks - 1) * Integer::BYTES<BITS, P>);
-        store(totals[r][i], fma(part, lanes.scales(factor[r], chunks - 1), total[r]));
+        F part = Source::mac(codes, t[r].q + (chunks - 1) * BYTES);
+        part = fma(part, lanes.scales(factor[r], chunks - 1), total[r]);
+        store(totals[r][i], mul(part, set1(source.unit)));
       });
     }
     for (int r = 0; r < MR; r++) {
@@ -408,12 +414,12 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
   }
 }
 
-template <int BITS, int P>
+template <class Source>
 static void dot_integer_rows(const Job& j, int64_t n0, int64_t n1, float* scratch) {
   int64_t m = 0;
-  for (; m + 4 <= j.m; m += 4) dot_integer<BITS, P, 4>(j, m, n0, n1, scratch);
-  if (m + 2 <= j.m) dot_integer<BITS, P, 2>(j, m, n0, n1, scratch), m += 2;
-  if (m < j.m) dot_integer<BITS, P, 1>(j, m, n0, n1, scratch);
+  for (; m + 4 <= j.m; m += 4) dot_integer<Source, 4>(j, m, n0, n1, scratch);
+  if (m + 2 <= j.m) dot_integer<Source, 2>(j, m, n0, n1, scratch), m += 2;
+  if (m < j.m) dot_integer<Source, 1>(j, m, n0, n1, scratch);
 }
 
 // A float job: tokens as float32, rows padded to 128 so that vectors may be read whole.
@@ -746,40 +752,55 @@ static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t
 
 // --- the functions of kernels.h's table ---
 
-static inline bool is_integer(const Job& j) { return j.format->kind == ZP_INTEGER; }
-
 static bool tile(const Job& j) { return j.m >= 12; }
 
 static int64_t tokens(const Job& j) { return j.tiled ? TILE_M : 1; }
 
-template <int BITS>
-struct ArrangedBytes {
-  static size_t call(const Job* j) { return arranged_bytes<BITS>(*j); }
-};
-template <int BITS>
-struct PrepareDot {
-  static void call(const Job* j, int64_t m) { prepare_dot<BITS>(*j, m); }
-};
-template <int BITS>
-struct DotIntegerRows {
-  static void call(const Job* j, int64_t n0, int64_t n1, float* scratch) {
-    if (j->int8_activations) {
-      dot_integer_rows<BITS, 1>(*j, n0, n1, scratch);
-    } else {
-      dot_integer_rows<BITS, 2>(*j, n0, n1, scratch);
+// Jobs of few tokens whose codes and activations are multiplied as integers.
+static inline bool in_integers(const Job& j) { return !j.tiled && (is_integer(j) || j.format->kind == ZP_CODEBOOK); }
+
+// Function<Source>::call for the source of codes that a job in integers has.
+template <template <class> class Function>
+struct OfJob {
+  template <int BITS>
+  struct Of {
+    template <class... Arguments>
+    static auto call(const Job* j, Arguments... arguments) {
+      return j->int8_activations ? Function<Integer<BITS, 1>>::call(*j, arguments...)
+                                 : Function<Integer<BITS, 2>>::call(*j, arguments...);
     }
+  };
+  template <class... Arguments>
+  static auto call(const Job& j, Arguments... arguments) {
+    if (j.format->kind == ZP_CODEBOOK) return Function<Codebook>::call(j, arguments...);
+    return by_bits<Of>(j.format->bits, &j, arguments...);
+  }
+};
+
+template <class Source>
+struct ArrangedBytes {
+  static size_t call(const Job& j) { return arranged_bytes<Source>(j); }
+};
+template <class Source>
+struct PrepareDot {
+  static void call(const Job& j, int64_t m) { prepare_dot<Source>(j, m); }
+};
+template <class Source>
+struct DotIntegerRows {
+  static void call(const Job& j, int64_t n0, int64_t n1, float* scratch) {
+    dot_integer_rows<Source>(j, n0, n1, scratch);
   }
 };
 
 static size_t prepared_bytes(const Job& j) {
   if (j.tiled) return prepared_gemm_bytes<Floats>(j);
-  if (is_integer(j)) return j.m * (by_bits<ArrangedBytes>(j.format->bits, &j) + 2 * sums_bytes(j));
+  if (in_integers(j)) return j.m * (OfJob<ArrangedBytes>::call(j) + 2 * sums_bytes(j));
   return j.m * float_stride(j) * 4;
 }
 
 static void prepare(const Job& j, int64_t unit) {
   if (j.tiled) return prepare_gemm<Floats>(j, unit);
-  if (is_integer(j)) return by_bits<PrepareDot>(j.format->bits, &j, unit);
+  if (in_integers(j)) return OfJob<PrepareDot>::call(j, unit);
   prepare_float(j, unit);
 }
 
@@ -797,13 +818,13 @@ static int64_t rows(const Job& j, int32_t threads) {
 
 static size_t scratch_bytes(const Job& j, int64_t rows) {
   if (j.tiled) return rows * (DEPTH + round_up(j.m, TILE_M)) * 4;
-  if (is_integer(j)) return 4 * (round_up(j.blocks, W) + PAD) * 4;
+  if (in_integers(j)) return 4 * (round_up(j.blocks, W) + PAD) * 4;
   return round_up(j.format->k, 128) * 4;
 }
 
 static void multiply(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   if (j.tiled) return gemm<Floats>(j, n0, n1, scratch);
-  if (is_integer(j)) return by_bits<DotIntegerRows>(j.format->bits, &j, n0, n1, (float*)scratch);
+  if (in_integers(j)) return OfJob<DotIntegerRows>::call(j, n0, n1, (float*)scratch);
   dot_float_rows(j, n0, n1, (float*)scratch);
 }
 

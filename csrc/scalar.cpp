@@ -79,44 +79,54 @@ inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
   by_bits<UnpackOctets>(bits, p, count, out);
 }
 
-struct Integer {
-  template <int BITS>
-  static constexpr int CHUNK = 32;
-  template <int BITS, int P>
-  static constexpr int BYTES = 64;  // 32 int16
-
+// Sums of 32 codes, as 16 bits, times q.
+struct Scalar {
+  static constexpr int CHUNK = 32, BYTES = 64;
   struct Codes {
-    uint8_t v[32];
+    int16_t v[CHUNK];
   };
-  template <int BITS>
-  static inline Codes codes(const uint8_t* p) {
-    Codes c;
-    unpack_octets<BITS>(p, 32, c.v);
-    return c;
-  }
-  template <int BITS>
-  static inline Codes codes_part(const uint8_t* p, int64_t bytes) {
-    uint8_t whole[32] = {};
-    __builtin_memcpy(whole, p, bytes);
-    return codes<BITS>(whole);
-  }
-  template <int BITS, int P>
-  static inline void arrange(const int16_t* q, uint8_t* out) {
-    __builtin_memcpy(out, q, 64);
-  }
-  template <int BITS, int P>
+  static inline void arrange(const int16_t* q, uint8_t* out) { __builtin_memcpy(out, q, BYTES); }
   static inline F mac(const Codes& c, const uint8_t* q) {
     const int16_t* x = (const int16_t*)q;
     int32_t total = 0;
-    for (int i = 0; i < 32; i++) total += c.v[i] * x[i];
+    for (int i = 0; i < CHUNK; i++) total += c.v[i] * x[i];
     return (float)total;
   }
-  template <int BITS>
   struct Lanes {
     int shift;
     explicit Lanes(int64_t block) : shift(block >= (1 << 20) ? 62 : __builtin_ctzll(block)) {}
-    inline F scales(const float* factor, int64_t chunk) const { return factor[(chunk * 32) >> shift]; }
+    inline F scales(const float* factor, int64_t chunk) const { return factor[(chunk * CHUNK) >> shift]; }
   };
+};
+
+template <int WIDTH, int Q>
+struct Integer : Scalar {
+  static constexpr int BITS = WIDTH;
+  static constexpr float HALF = 1 << (BITS - 1), unit = 1;
+  explicit Integer(const IntegerLevels&) {}
+  inline Codes codes(const uint8_t* p) const { return codes_part(p, CHUNK * BITS / 8); }
+  inline Codes codes_part(const uint8_t* p, int64_t bytes) const {
+    uint8_t whole[CHUNK * BITS / 8] = {}, octets[CHUNK];
+    __builtin_memcpy(whole, p, bytes);
+    unpack_octets<BITS>(whole, CHUNK, octets);
+    Codes c;
+    for (int i = 0; i < CHUNK; i++) c.v[i] = octets[i];
+    return c;
+  }
+};
+
+struct Codebook : Scalar {
+  static constexpr int BITS = 4;
+  static constexpr float HALF = 0;
+  IntegerLevels levels;
+  float unit;
+  explicit Codebook(const IntegerLevels& integers) : levels(integers), unit(integers.unit) {}
+  inline Codes codes(const uint8_t* p) const { return codes_part(p, CHUNK / 2); }
+  inline Codes codes_part(const uint8_t* p, int64_t bytes) const {
+    Codes c = {};
+    for (int64_t i = 0; i < bytes; i++) c.v[2 * i] = levels.value[p[i] & 15], c.v[2 * i + 1] = levels.value[p[i] >> 4];
+    return c;
+  }
 };
 
 #include "body.inc.h"

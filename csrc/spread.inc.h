@@ -1,5 +1,5 @@
-// Eight codes at a time between BITS bytes and eight bytes. Included inside each instruction set's namespace, as
-// body.inc.h is.
+// Codes: eight at a time between BITS bytes and eight bytes; levels of a codebook as integers. Included inside each
+// instruction set's namespace, as body.inc.h is.
 
 // The lowest `bits` bits of every `lane` bits.
 constexpr uint64_t lanes_of(int bits, int lane) {
@@ -106,3 +106,28 @@ struct PackOctets {
 static inline void pack(const uint8_t* codes, int bits, int64_t count, uint8_t* out) {
   by_bits<PackOctets>(bits, codes, count, out);
 }
+
+// level = unit * value, up to half a unit, which is at most 2^-14 of the largest level (2^-15 where that is a power of
+// two). unit is a power of two: levels that are small integers times one stay exact.
+struct IntegerLevels {
+  alignas(32) int16_t value[16] = {};
+  float unit;
+  explicit IntegerLevels(const float* level) {
+    float top = 0;
+    for (int c = 0; c < 16; c++) {
+      float magnitude = __builtin_fabsf(level[c]);
+      top = magnitude <= top ? top : magnitude;  // a NaN stays
+      if (top != top) break;
+    }
+    uint32_t bits, exponent;
+    __builtin_memcpy(&bits, &top, 4);
+    exponent = (bits >> 23) + ((bits & 0x7fffff) != 0);  // of the power of two at or above top
+    if (exponent < 20 || exponent > 254) {
+      unit = top == 0 ? 1.0f : __builtin_nanf("");
+      return;
+    }
+    bits = (exponent - 14) << 23;
+    __builtin_memcpy(&unit, &bits, 4);
+    for (int c = 0; c < 16; c++) value[c] = (int16_t)__builtin_rintf(level[c] / unit);
+  }
+};

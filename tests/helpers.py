@@ -195,8 +195,8 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     A 16-bit x with roundoff v rounds the weight (v S), the product and the sum with the bias (v of
     their size each), and what underflows (one subnormal each; of float32 everywhere, where iq4nl
     has a zero). The native kernel multiplies integer
-    weights by integer activations: see `_integer_bound`; what is below float32's normal range may
-    become 0. Int8 activations are rounded before all of this, the same way by every kernel.
+    weights and levels of codebooks by integer activations: see `_integer_bound`; what is below
+    float32's normal range may become 0. Int8 activations are rounded before all of this, the same way by every kernel.
     """
     real = _values(weight)
     wide = x.double()
@@ -213,7 +213,7 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     if kernel == "native":
         tiny = torch.finfo(torch.float32).smallest_normal
         bound = bound + tiny * (1 + real.abs().sum(-1))
-        if weight.scheme.fmt.kind == "integer":
+        if weight.scheme.fmt.kind in ("integer", "codebook"):
             bound = bound + _integer_bound(wide, weight, real, int8)
     if x.dtype != torch.float32:
         roundoff = limits.eps / 2
@@ -226,16 +226,18 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     _assert_below((y.double() - expected).abs(), bound, "rounding")
 
 
-Q16_MAX = 127 * 256 + 127  # largest activation of the native kernel, in two planes of int8
+# Largest activation of the native kernel.
+Q_MAX = {"integer": 127 * 256 + 127, "codebook": (1 << 14) - 1}
 BLOCK = 128  # columns that share an activation scale, or fewer where a group is smaller
 
 
 def _integer_bound(x, weight: QTensor, real, int8: bool) -> torch.Tensor:
     """What integer activations cost. x: (..., K) float64; real: (N, K) float64.
 
-    x = s q is off by s / 2 at most, with s = max |x| / Q16_MAX of a block (and the roundings of s
+    x = s q is off by s / 2 at most, with s = max |x| / Q_MAX of a block (and the roundings of s
     itself, a few eps of x): |w| sums that. With int8 activations x is on its grid already. The sums
-    are those of `summing_bound`.
+    are those of `summing_bound`. Levels of a codebook become integers times 2^-13 of the largest
+    at most, so are off by half of that, and |x| sums it.
     """
     k = real.shape[1]
     size = weight.scheme.group_size or k
@@ -244,7 +246,15 @@ def _integer_bound(x, weight: QTensor, real, int8: bool) -> torch.Tensor:
     blocks = torch.nn.functional.pad(x.abs(), (0, padding)).unflatten(-1, (-1, block))
     weights = torch.nn.functional.pad(real.abs(), (0, padding)).unflatten(-1, (-1, block)).sum(-1)
     eps = torch.finfo(torch.float32).eps
-    steps = 0.0 if int8 else blocks.amax(-1) / Q16_MAX / 2 @ weights.T
+    kind = weight.scheme.fmt.kind
+    steps = 0.0 if int8 else blocks.amax(-1) / Q_MAX[kind] / 2 @ weights.T
+    if kind == "codebook":
+        levels = weight.levels if weight.levels is not None else torch.tensor(weight.scheme.fmt.levels)
+        assert weight.scales is not None
+        largest = weight.scales.double() * levels.double().abs().amax(-1, keepdim=True)
+        largest = largest.expand(len(real), -1)
+        by_column = largest.repeat_interleave(k // largest.shape[1], dim=1)
+        steps = steps + 2.0**-14 * x.abs() @ by_column.T
     return steps + 4 * eps * x.abs() @ real.abs().T + summing_bound(x, weight)
 
 
