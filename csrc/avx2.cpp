@@ -8,6 +8,7 @@ namespace zp {
 namespace {
 
 constexpr int W = 8;
+
 constexpr int TILE_N = 4;  // 4 x 3 sums, 3 vectors of tokens, 1 weight: all 16 registers
 constexpr int TILE_V = 3;
 using F = __m256;
@@ -91,15 +92,19 @@ inline F load_bf16(const uint16_t* p) {
 inline F load_e5m2(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
 }
-inline F load_e4m3_small(const uint8_t* p) {  // 2^-8 of the value; 480 * 2^-8 for a NaN
-  __m128i c = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
-  return _mm256_cvtph_ps(_mm_and_si128(c, _mm_set1_epi16((short)0xbf80)));
-}
 inline F load_e4m3(const uint8_t* p) {
   const __m128i largest = _mm_set1_epi8(0x7f);
-  F v = _mm256_mul_ps(load_e4m3_small(p), set1(256.0f));
+  __m128i c = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+  F v = _mm256_mul_ps(_mm256_cvtph_ps(_mm_and_si128(c, _mm_set1_epi16((short)0xbf80))), set1(256.0f));
   __m128i nan = _mm_cmpeq_epi8(_mm_and_si128(_mm_loadl_epi64((const __m128i*)p), largest), largest);
   return _mm256_blendv_ps(v, set1(__builtin_nanf("")), _mm256_castsi256_ps(_mm256_cvtepi8_epi32(nan)));
+}
+inline F load_e8m0(const uint8_t* p) {  // 2^-127 is a subnormal, 255 NaN
+  __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  __m256i ends =
+      _mm256_or_si256(_mm256_cmpeq_epi32(e, _mm256_setzero_si256()), _mm256_cmpeq_epi32(e, _mm256_set1_epi32(255)));
+  __m256i bit = _mm256_and_si256(ends, _mm256_set1_epi32(1 << 22));
+  return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(e, 23), bit));
 }
 inline void store_f16(uint16_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -340,17 +345,30 @@ struct Codebook {
 
 #include "body.inc.h"
 
-struct NaNs {  // of e4m3
-  __m128i seen = _mm_setzero_si128();
-  inline void see(const uint8_t* p) {
-    const __m128i largest = _mm_set1_epi8(0x7f);
-    __m128i magnitude = _mm_and_si128(_mm_loadu_si128((const __m128i*)p), largest);
-    seen = _mm_or_si128(seen, _mm_cmpeq_epi8(magnitude, largest));
+using Words = __m256i;
+inline Words load_words(const uint8_t* p, int64_t bytes) {
+  if (bytes >= 32) return _mm256_loadu_si256((const __m256i*)p);
+  alignas(32) uint8_t whole[32] = {};
+  __builtin_memcpy(whole, p, bytes);
+  return _mm256_load_si256((const __m256i*)whole);
+}
+
+template <int LEFT, int RIGHT>
+inline F shifted(Words words, uint32_t mask) {
+  words = _mm256_srai_epi32(LEFT ? _mm256_slli_epi32(words, LEFT) : words, RIGHT);
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)mask)));
+}
+
+struct Largest {  // twice each byte, so without its sign
+  __m256i most = _mm256_setzero_si256();
+  inline void see(Words words) { most = _mm256_max_epu8(most, _mm256_add_epi8(words, words)); }
+  inline bool reaches(int magnitude) const {
+    __m256i limit = _mm256_set1_epi8((char)(2 * magnitude));
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(most, limit), most)) != 0;
   }
-  inline bool any() const { return _mm_movemask_epi8(seen) != 0; }
 };
 
-#include "decoded.inc.h"
+#include "float8.inc.h"
 
 // --- integer gemm: codes and tokens as 16 bits, two columns in 32 ---
 
@@ -381,21 +399,25 @@ inline void split_columns(const int16_t* q, uint32_t* out) {
 
 int64_t tokens2(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
 
-size_t prepared_bytes2(const Job& j) { return is_integer_gemm(j) ? integer_prepared_bytes(j) : prepared_bytes(j); }
+size_t prepared_bytes2(const Job& j) {
+  if (is_integer_gemm(j)) return integer_prepared_bytes(j);
+  return is_few_float8(j) ? few_float8_prepared_bytes(j) : prepared_bytes(j);
+}
 
 void prepare2(const Job& j, int64_t unit) {
   if (is_integer_gemm(j)) return prepare_integer(j, unit);
+  if (is_few_float8(j)) return prepare_few_float8(j, unit);
   prepare(j, unit);
 }
 
 size_t scratch_bytes2(const Job& j, int64_t rows) {
   if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
-  return is_decoded(j) ? decoded_scratch_bytes(j) : scratch_bytes(j, rows);
+  return is_few_float8(j) ? few_float8_scratch_bytes(j) : scratch_bytes(j, rows);
 }
 
 void multiply2(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
-  if (is_decoded(j)) return dot_decoded_rows(j, n0, n1, (float*)scratch);
+  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1, (float*)scratch);
   multiply(j, n0, n1, scratch);
 }
 

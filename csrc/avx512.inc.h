@@ -2,6 +2,7 @@
 // Included inside an anonymous namespace by avx512.cpp, and by amx.cpp, which adds tiles.
 
 constexpr int W = 16;
+
 constexpr int TILE_N = 6;  // 6 x 4 sums, 4 vectors of tokens, 1 weight: 29 of 32 registers
 constexpr int TILE_V = 4;
 using F = __m512;
@@ -66,15 +67,19 @@ inline F load_bf16(const uint16_t* p) {
 inline F load_e5m2(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p)), 8));
 }
-inline F load_e4m3_small(const uint8_t* p) {  // 2^-8 of the value; 480 * 2^-8 for a NaN
-  __m256i c = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
-  return _mm512_cvtph_ps(_mm256_and_si256(c, _mm256_set1_epi16((short)0xbf80)));
-}
 inline F load_e4m3(const uint8_t* p) {
   const __m128i largest = _mm_set1_epi8(0x7f);
-  F v = _mm512_mul_ps(load_e4m3_small(p), set1(256.0f));
+  __m256i c = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+  F v = _mm512_mul_ps(_mm512_cvtph_ps(_mm256_and_si256(c, _mm256_set1_epi16((short)0xbf80))), set1(256.0f));
   __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), largest), largest);
   return _mm512_mask_mov_ps(v, nan, set1(__builtin_nanf("")));
+}
+inline F load_e8m0(const uint8_t* p) {  // 2^-127 is a subnormal, 255 NaN
+  __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  __mmask16 ends =
+      _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()) | _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+  __m512i bits = _mm512_slli_epi32(e, 23);
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, ends, bits, _mm512_set1_epi32(1 << 22)));
 }
 inline void store_f16(uint16_t* p, F v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -341,17 +346,24 @@ inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
 
 #include "body.inc.h"
 
-struct NaNs {  // of e4m3
-  __mmask32 seen = 0;
-  inline void see(const uint8_t* p) {
-    const __m256i largest = _mm256_set1_epi8(0x7f);
-    __m256i magnitude = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), largest);
-    seen |= _mm256_cmpeq_epi8_mask(magnitude, largest);
+using Words = __m512i;
+inline Words load_words(const uint8_t* p, int64_t bytes) { return _mm512_maskz_loadu_epi8(first(bytes), p); }
+
+template <int LEFT, int RIGHT>
+inline F shifted(Words words, uint32_t mask) {
+  words = _mm512_srai_epi32(LEFT ? _mm512_slli_epi32(words, LEFT) : words, RIGHT);
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)mask)));
+}
+
+struct Largest {  // twice each byte, so without its sign
+  __m512i most = _mm512_setzero_si512();
+  inline void see(Words words) { most = _mm512_max_epu8(most, _mm512_add_epi8(words, words)); }
+  inline bool reaches(int magnitude) const {
+    return _mm512_cmpge_epu8_mask(most, _mm512_set1_epi8((char)(2 * magnitude))) != 0;
   }
-  inline bool any() const { return seen != 0; }
 };
 
-#include "decoded.inc.h"
+#include "float8.inc.h"
 
 // --- integer gemm: tokens as bytes, four columns in 32 bits ---
 
@@ -391,21 +403,25 @@ bool tile512(const Job& j) { return j.m >= (!is_integer(j) ? 32 : j.int8_activat
 
 int64_t tokens512(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
 
-size_t prepared_bytes512(const Job& j) { return is_integer_gemm(j) ? integer_prepared_bytes(j) : prepared_bytes(j); }
+size_t prepared_bytes512(const Job& j) {
+  if (is_integer_gemm(j)) return integer_prepared_bytes(j);
+  return is_few_float8(j) ? few_float8_prepared_bytes(j) : prepared_bytes(j);
+}
 
 void prepare512(const Job& j, int64_t unit) {
   if (is_integer_gemm(j)) return prepare_integer(j, unit);
+  if (is_few_float8(j)) return prepare_few_float8(j, unit);
   prepare(j, unit);
 }
 
 size_t scratch_bytes512(const Job& j, int64_t rows) {
   if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
-  return is_decoded(j) ? decoded_scratch_bytes(j) : scratch_bytes(j, rows);
+  return is_few_float8(j) ? few_float8_scratch_bytes(j) : scratch_bytes(j, rows);
 }
 
 void multiply512(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
-  if (is_decoded(j)) return dot_decoded_rows(j, n0, n1, (float*)scratch);
+  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1, (float*)scratch);
   multiply(j, n0, n1, scratch);
 }
 

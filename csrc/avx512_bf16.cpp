@@ -11,13 +11,13 @@ namespace {
 #include "avx512.inc.h"
 
 // The 128 magnitudes of a float8, exactly, as the upper and the lower bytes of bfloat16.
-struct Float8 {
+struct Float8Table {
   alignas(64) uint8_t upper[128];
   alignas(64) uint8_t lower[128];
 };
 
-constexpr Float8 make_float8(int mantissa_bits, int bias, bool has_infinity) {
-  Float8 table = {};
+constexpr Float8Table make_float8(int mantissa_bits, int bias, bool has_infinity) {
+  Float8Table table = {};
   for (int c = 0; c < 128; c++) {
     int exponent = c >> mantissa_bits, mantissa = c & ((1 << mantissa_bits) - 1), steps = 0;
     bool top = exponent == (127 >> mantissa_bits), is_nan = has_infinity ? top && mantissa : c == 127;
@@ -39,8 +39,8 @@ bool is_float8(const zp_format& f) { return f.kind == ZP_FLOAT8_E4M3FN || f.kind
 struct Float8Words {  // 64 codes -> bfloat16, two vectors of 32
   __m512i upper[2], lower[2];
   explicit Float8Words(const zp_format& f) {
-    static constexpr Float8 e4m3fn = make_float8(3, 7, false), e5m2 = make_float8(2, 15, true);
-    const Float8& table = f.kind == ZP_FLOAT8_E4M3FN ? e4m3fn : e5m2;
+    static constexpr Float8Table e4m3fn = make_float8(3, 7, false), e5m2 = make_float8(2, 15, true);
+    const Float8Table& table = f.kind == ZP_FLOAT8_E4M3FN ? e4m3fn : e5m2;
     for (int i = 0; i < 2; i++) {
       upper[i] = _mm512_load_si512(table.upper + 64 * i), lower[i] = _mm512_load_si512(table.lower + 64 * i);
     }

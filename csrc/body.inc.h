@@ -7,14 +7,15 @@
 //   TILE_N, TILE_V rows of weight x vectors of tokens whose sums stay in registers
 //   zero set1 load store add sub mul div fma min max abs_max round_even sum largest       on F
 //   sum4           four sums, each added up in the order of `sum`
-//   load_u8 load_i8 load_f16 load_bf16 load_e4m3 load_e5m2 store_f16 store_bf16   W values at a pointer <-> F
+//   load_u8 load_i8 load_f16 load_bf16 load_e4m3 load_e5m2 load_e8m0 store_f16 store_bf16   W values at a pointer <-> F
 //   store_i16      rounds to nearest even and stores W int16
 //   store_u8       stores W bytes; one_where_above(a, b) is 1 where a > b, else 0; smallest and highest over the lanes
 //   load_f16_part, load_i8_part    the same of the first `count` < W, then 0
 //   lookup16       levels[code] for W codes at a pointer, codes below 16
 //   unpack, pack   codes of a packed row <-> one byte each
-//   Integer<BITS>, Codebook   codes of a packed row as integers, and their products with integer activations:
-//                  CHUNK, BITS, BYTES<P>, HALF, arrange, codes, codes_part, mac, Lanes, unit
+//   Integer<BITS, Q>, Codebook   codes of a packed row as integers, and activations of Q bytes to multiply them by:
+//       CHUNK codes of BITS bits at a time, from a row (codes, codes_part), and BYTES of activations (arrange); mac: W
+//       sums of their products, Lanes: the factors of these; real = scale * unit * (sum - HALF * sum of activations)
 
 // --- weights ---
 
@@ -45,8 +46,8 @@ static inline float scalar_bf16(uint16_t h) {
   return out;
 }
 
-static inline float scalar_e8m0(uint8_t exponent) {  // 2^-127 is a subnormal
-  uint32_t bits = exponent == 0 ? 0x00400000 : exponent == 255 ? 0x7fc00000 : (uint32_t)exponent << 23;
+static inline float scalar_e8m0(uint8_t exponent) {  // 2^-127 is a subnormal, 255 NaN
+  uint32_t bits = (uint32_t)exponent << 23 | (exponent == 0 || exponent == 255) << 22;
   float out;
   __builtin_memcpy(&out, &bits, 4);
   return out;
@@ -321,6 +322,7 @@ struct Blocks {
       return count >= W ? load_f16(p) : load_f16_part(p, count);
     }
     if (per_group == 1 && f.scale_dtype == ZP_F32 && count >= W) return load((const float*)j.scale + at + b);
+    if (per_group == 1 && f.scale_dtype == ZP_E8M0 && count >= W) return load_e8m0((const uint8_t*)j.scale + at + b);
     alignas(64) float scale[W];
     for (int64_t i = 0; i < W; i++) scale[i] = i < count ? read_scale(f, j.scale, at + (b + i) / per_group) : 0;
     return load(scale);

@@ -6,6 +6,7 @@ namespace zp {
 namespace {
 
 constexpr int W = 1;
+
 constexpr int TILE_N = 4;
 constexpr int TILE_V = 4;
 using F = float;
@@ -54,6 +55,8 @@ inline F load_i8_part(const int8_t*, int64_t) { return 0; }
 inline F load_bf16(const uint16_t* p) { return scalar_bf16(*p); }
 static inline float e4m3(uint8_t c);
 inline F load_e5m2(const uint8_t* p) { return scalar_f16((uint16_t)(*p << 8)); }
+static inline float scalar_e8m0(uint8_t exponent);
+inline F load_e8m0(const uint8_t* p) { return scalar_e8m0(*p); }
 inline F load_e4m3(const uint8_t* p) { return e4m3(*p); }
 inline void store_f16(uint16_t* p, F v) {
   uint32_t bits = to_bits(v), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
