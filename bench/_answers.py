@@ -60,7 +60,8 @@ def _bound(x: Tensor, weight: QTensor, as_bfloat16: bool) -> Tensor:
     of integer formats are multiplied unsigned, which adds up to scale * 2^bits to |weight|, by
     activations of 16 bits: an error below step / 2 each, so LAMBDA / 2 * step * |weight|_2
     (Hoeffding); those of a codebook by 15 bits, and its levels are off by 2^-14 of the largest of
-    a group at most. A kernel may round an 8-bit activation that is almost half way to the other side.
+    a group at most. A kernel may round an 8-bit activation that is almost half way to the other
+    side.
     """
     scheme, k = weight.scheme, x.shape[1]
     values = reference.weight_values(weight)

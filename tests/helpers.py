@@ -194,9 +194,9 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     S = |x| @ |weight|.T, summed in float32 whatever x is: 2 K eps S (STYLE 19) + the bias added.
     A 16-bit x with roundoff v rounds the weight (v S), the product and the sum with the bias (v of
     their size each), and what underflows (one subnormal each; of float32 everywhere, where iq4nl
-    has a zero). The native kernel multiplies integer
-    weights and levels of codebooks by integer activations: see `_integer_bound`; what is below
-    float32's normal range may become 0. Int8 activations are rounded before all of this, the same way by every kernel.
+    has a zero). The native kernel multiplies integer weights and levels of codebooks by integer
+    activations: see `_integer_bound`; what is below float32's normal range may become 0. Int8
+    activations are rounded before all of this, the same way by every kernel.
     """
     real = _values(weight)
     wide = x.double()
@@ -249,7 +249,8 @@ def _integer_bound(x, weight: QTensor, real, int8: bool) -> torch.Tensor:
     kind = weight.scheme.fmt.kind
     steps = 0.0 if int8 else blocks.amax(-1) / Q_MAX[kind] / 2 @ weights.T
     if kind == "codebook":
-        levels = weight.levels if weight.levels is not None else torch.tensor(weight.scheme.fmt.levels)
+        fixed = weight.scheme.fmt.levels
+        levels = torch.tensor(fixed) if weight.levels is None else weight.levels
         assert weight.scales is not None
         largest = weight.scales.double() * levels.double().abs().amax(-1, keepdim=True)
         largest = largest.expand(len(real), -1)
