@@ -12,7 +12,8 @@ namespace zp {
 //
 //   y[n] = sum over blocks of  scale * x_scale * (sum of stored codes * q  -  (2^(bits-1) + zero_point) * sum of q)
 //
-// is integer arithmetic inside a block. Other formats keep x as float32.
+// is integer arithmetic inside a block. So are few tokens of a codebook, whose q have 15 bits and whose levels become
+// integers too. Other formats keep x as float32.
 struct Job {
   const zp_format* format;
   const uint8_t* packed;

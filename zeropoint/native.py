@@ -195,7 +195,8 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     x's dtype.
 
     x becomes 16-bit integers, one scale for every 128 columns or fewer (8-bit integers, one scale
-    a token, when the scheme has int8 activations); formats that are not integers use float32.
+    a token, when the scheme has int8 activations); 15-bit ones for a few tokens of a codebook,
+    whose levels become integers too; float32 for other formats and for many tokens of a codebook.
     """
     return bind_linear(weight)(x, bias)
 
