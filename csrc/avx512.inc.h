@@ -54,10 +54,10 @@ inline F load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline F load_f16_part(const uint16_t* p, int64_t count) {
+inline F load_f16_part(const uint16_t* p, int64_t count, bool = false) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
 }
-inline F load_i8_part(const int8_t* p, int64_t count) {
+inline F load_i8_part(const int8_t* p, int64_t count, bool = false) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), p)));
 }
 inline F load_bf16(const uint16_t* p) {

@@ -10,7 +10,7 @@
 //   load_u8 load_i8 load_f16 load_bf16 load_e4m3 load_e5m2 load_e8m0 store_f16 store_bf16   W values at a pointer <-> F
 //   store_i16      rounds to nearest even and stores W int16
 //   store_u8       stores W bytes; one_where_above(a, b) is 1 where a > b, else 0; smallest and highest over the lanes
-//   load_f16_part, load_i8_part    the same of the first `count` < W, then 0
+//   load_f16_part, load_i8_part    the same of the first `count` < W, then 0; whether W values before may be read, too
 //   lookup16       levels[code] for W codes at a pointer, codes below 16
 //   unpack, pack   codes of a packed row <-> one byte each
 //   Integer<BITS, Q>, Codebook   codes of a packed row as integers, and activations of Q bytes to multiply them by:
@@ -92,13 +92,22 @@ static inline void from_f32(const float* p, int32_t dtype, int64_t count, void* 
   if (i < count) {
     float rest[W] = {};
     uint16_t narrow[W];
-    __builtin_memcpy(rest, p + i, (count - i) * 4);
+    int64_t some = count - i;
+    if (W > 4 && some == 4) {  // rows of weights are done by fours
+      __builtin_memcpy(rest, p + i, 16);
+    } else {
+      __builtin_memcpy(rest, p + i, some * 4);
+    }
     if (dtype == ZP_F16) {
       store_f16(narrow, load(rest));
     } else {
       store_bf16(narrow, load(rest));
     }
-    __builtin_memcpy(h + i, narrow, (count - i) * 2);
+    if (W > 4 && some == 4) {
+      __builtin_memcpy(h + i, narrow, 8);
+    } else {
+      __builtin_memcpy(h + i, narrow, some * 2);
+    }
   }
 }
 
@@ -319,7 +328,7 @@ struct Blocks {
     if (f.group_size >= f.k) return set1(read_scale(f, j.scale, at));
     if (per_group == 1 && f.scale_dtype == ZP_F16) {
       const uint16_t* p = (const uint16_t*)j.scale + at + b;
-      return count >= W ? load_f16(p) : load_f16_part(p, count);
+      return count >= W ? load_f16(p) : load_f16_part(p, count, b > 0);
     }
     if (per_group == 1 && f.scale_dtype == ZP_F32 && count >= W) return load((const float*)j.scale + at + b);
     if (per_group == 1 && f.scale_dtype == ZP_E8M0 && count >= W) return load_e8m0((const uint8_t*)j.scale + at + b);
@@ -333,11 +342,11 @@ struct Blocks {
     int64_t at = n * f.scale_stride, count = j.blocks - b;
     if (per_group == 1 && f.float_zero_point) {
       const uint16_t* p = (const uint16_t*)j.zero_point + at + b;
-      return count >= W ? load_f16(p) : load_f16_part(p, count);
+      return count >= W ? load_f16(p) : load_f16_part(p, count, b > 0);
     }
     if (per_group == 1) {
       const int8_t* p = (const int8_t*)j.zero_point + at + b;
-      return count >= W ? load_i8(p) : load_i8_part(p, count);
+      return count >= W ? load_i8(p) : load_i8_part(p, count, b > 0);
     }
     alignas(64) float z[W];
     for (int64_t i = 0; i < W; i++) z[i] = i < count ? read_zero_point(f, j.zero_point, at + (b + i) / per_group) : 0;

@@ -50,8 +50,8 @@ inline float largest(F a) { return a; }
 inline F load_u8(const uint8_t* p) { return *p; }
 inline F load_i8(const int8_t* p) { return *p; }
 inline F load_f16(const uint16_t* p) { return scalar_f16(*p); }
-inline F load_f16_part(const uint16_t*, int64_t) { return 0; }  // never part of one
-inline F load_i8_part(const int8_t*, int64_t) { return 0; }
+inline F load_f16_part(const uint16_t*, int64_t, bool = false) { return 0; }  // never part of one
+inline F load_i8_part(const int8_t*, int64_t, bool = false) { return 0; }
 inline F load_bf16(const uint16_t* p) { return scalar_bf16(*p); }
 static inline float e4m3(uint8_t c);
 inline F load_e5m2(const uint8_t* p) { return scalar_f16((uint16_t)(*p << 8)); }

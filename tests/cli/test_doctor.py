@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_what_is_missing_and_forced(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(machine, "_cpuinfo", dict)  # no /proc/cpuinfo
     monkeypatch.setenv("ZEROPOINT_KERNEL", "torch")
     ran = cli("doctor")
-    assert "no-such-package   not installed" in ran.out
+    assert re.search("no-such-package +not installed", ran.out)
     assert "torch (ZEROPOINT_KERNEL)" in ran.out
     data = cli("doctor", "--json", "-").json
     assert data["versions"]["no-such-package"] is None
