@@ -195,7 +195,7 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     A 16-bit x with roundoff v rounds the weight (v S), the product and the sum with the bias (v of
     their size each), and what underflows (one subnormal each; of float32 everywhere, where iq4nl
     has a zero). The native kernel multiplies integer weights and levels of codebooks by integer
-    activations: see `_integer_bound`; what is below float32's normal range may become 0. Int8
+    activations: see `integer_bound`; what is below float32's normal range may become 0. Int8
     activations are rounded before all of this, the same way by every kernel.
     """
     real = _values(weight)
@@ -214,7 +214,7 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
         tiny = torch.finfo(torch.float32).smallest_normal
         bound = bound + tiny * (1 + real.abs().sum(-1))
         if weight.scheme.fmt.kind in ("integer", "codebook"):
-            bound = bound + _integer_bound(wide, weight, real, int8)
+            bound = bound + integer_bound(wide, weight, real, int8)
     if x.dtype != torch.float32:
         roundoff = limits.eps / 2
         roundings = 2 if int8 else 1  # of the weight, and of the token once it is on its grid
@@ -231,7 +231,7 @@ Q_MAX = {"integer": 127 * 256 + 127, "codebook": (1 << 14) - 1}
 BLOCK = 128  # columns that share an activation scale, or fewer where a group is smaller
 
 
-def _integer_bound(x, weight: QTensor, real, int8: bool) -> torch.Tensor:
+def integer_bound(x, weight: QTensor, real, int8: bool) -> torch.Tensor:
     """What integer activations cost. x: (..., K) float64; real: (N, K) float64.
 
     x = s q is off by s / 2 at most, with s = max |x| / Q_MAX of a block (and the roundings of s
