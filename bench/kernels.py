@@ -193,8 +193,8 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
             y = calls[0](inputs[name])  # the warm-up, too
             if name in weights:
                 x = inputs[name]
-                rounds = _rounds(x, rates, threads)
-                errors[name] = check_linear(name, y, x, weights[name], as_bfloat16=rounds)
+                as_bfloat16 = _rounds(x, rates, threads)
+                errors[name] = check_linear(name, y, x, weights[name], as_bfloat16=as_bfloat16)
         used = count if m <= FEW_TOKENS else 1
         turns = {
             name: partial(walk, calls[:used], inputs[name], plan.clock)

@@ -8,7 +8,6 @@ namespace zp {
 namespace {
 
 constexpr int W = 8;
-
 constexpr int TILE_N = 4;  // 4 x 3 sums, 3 vectors of tokens, 1 weight: all 16 registers
 constexpr int TILE_V = 3;
 using F = __m256;

@@ -2,7 +2,6 @@
 // Included inside an anonymous namespace by avx512.cpp, and by amx.cpp, which adds tiles.
 
 constexpr int W = 16;
-
 constexpr int TILE_N = 6;  // 6 x 4 sums, 4 vectors of tokens, 1 weight: 29 of 32 registers
 constexpr int TILE_V = 4;
 using F = __m512;

@@ -44,7 +44,7 @@ static void prepare_float8(const Job& j, int64_t m) {
   uint32_t bits;
   __builtin_memcpy(&bits, &amax, 4);
   int exponent = (int)(bits >> 23 & 255) - 127;
-  exponent = exponent < -126 || amax == 0 ? -126 : exponent > 127 ? 127 : exponent;
+  exponent = exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
   int raise = Float8<MANTISSA>::UNIT - exponent, half = raise / 2;
   F first = set1(float_of_exponent(half)), second = set1(float_of_exponent(raise - half));
   for (int64_t k = 0; k < padded; k += FLOAT8_CHUNK) {
@@ -66,11 +66,14 @@ static size_t few_float8_scratch_bytes(const Job& j) { return 4 * (round_up(j.bl
 
 // A row with NaN or Inf among its codes.
 template <int MANTISSA>
-static float dot_special(const Job& j, const uint8_t* p, const float* x) {
+static float dot_special(const Job& j, int64_t n, const float* x) {
+  const zp_weight w = weight_of(j);
+  const uint8_t* p = j.packed + n * j.format->k;
   float total = 0;
   for (int64_t k = 0; k < j.format->k; k++) {
     float weight = Float8<MANTISSA>::value(p[k]) * float_of_exponent(-Float8<MANTISSA>::UNIT);
-    total += weight * x[k / FLOAT8_CHUNK * FLOAT8_CHUNK + k % 4 * W + k % FLOAT8_CHUNK / 4];
+    total += scale_of(w, n, k / j.format->group_size) * weight *
+             x[k / FLOAT8_CHUNK * FLOAT8_CHUNK + k % 4 * W + k % FLOAT8_CHUNK / 4];
   }
   return total;
 }
@@ -123,8 +126,8 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* 
     float last = by_row ? scale_of(weight_of(j), n, 0) : 1.0f;
     unroll<MR>([&](auto r) INLINE {
       const float* token = x + r * stride;
-      float y = seen.reaches(Format::SPECIAL) ? dot_special<MANTISSA>(j, p, token) : sum(total[r]);
-      put(j, m0 + r, n, y * token[padded] * last);
+      float y = seen.reaches(Format::SPECIAL) ? dot_special<MANTISSA>(j, n, token) : sum(total[r]) * last;
+      put(j, m0 + r, n, y * token[padded]);
     });
   }
 }

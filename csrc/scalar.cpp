@@ -6,7 +6,6 @@ namespace zp {
 namespace {
 
 constexpr int W = 1;
-
 constexpr int TILE_N = 4;
 constexpr int TILE_V = 4;
 using F = float;
