@@ -1,9 +1,9 @@
-// AMX (Sapphire Rapids and later): many tokens as 16 x 16 tiles; everything else as AVX512 does it.
+// AMX (Sapphire Rapids and later): tokens as 16 x 16 tiles; what has no tiles as AVX512 does it.
 //
 //   C (16 rows of weight, 16 tokens) += A (16 rows, 64 bytes of K) * B (64 bytes of K, 16 tokens, K in fours of bytes)
 //
 // Weight rows are A as they lie in the panel; tokens are arranged once as B. bfloat16 tokens take every format, with
-// the scale folded into a bfloat16 panel; int8 tokens take integer weights with one scale a row.
+// the scale of a group folded into a bfloat16 panel; int8 tokens take integer weights with one scale a row.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -12,13 +12,16 @@
 namespace zp {
 namespace {
 #include "avx512.inc.h"
+#include "bfloat16.inc.h"
 #include "tiles.inc.h"
 
 constexpr int64_t SIDE = 16;  // rows and columns of a tile
 constexpr int64_t TILE_BYTES = 1024;
-constexpr int64_t PAIR = 2 * SIDE;  // two by two tiles of sums at a time
-constexpr int64_t STEPS = 16;       // tiles along K of a pass: 512 bfloat16 or 1024 bytes, first-level cache
-constexpr int64_t FEWEST = 16;      // tokens below which AVX512 is faster
+constexpr int64_t PAIR = 2 * SIDE;       // two by two tiles of sums at a time: a square
+constexpr int64_t STEPS = 16;            // tiles along K of a pass: 512 bfloat16 or 1024 bytes, first-level cache
+constexpr int64_t PASS = STEPS * 64;     // bytes of a row in it
+constexpr int64_t ROWS = 256;            // of a panel of many tokens, and
+constexpr int64_t TOKENS_AT_HAND = 512;  // tokens whose sums are kept with it in the second-level cache
 
 enum class Tiles { none, bfloat16, bytes };
 
@@ -27,149 +30,217 @@ Tiles of_many(const Job& j) {
   return j.x_dtype == ZP_BF16 ? Tiles::bfloat16 : Tiles::none;
 }
 
-Tiles tiles(const Job& j) { return j.tiled && j.m >= FEWEST ? of_many(j) : Tiles::none; }
-
-int64_t steps(const Job& j, Tiles t) {
-  int64_t columns = t == Tiles::bytes ? 64 : 32;
-  return (j.format->k + columns - 1) / columns;
+// Few tokens of integers are multiplied with 16 bits each, and one token of the others in float32.
+bool tile_amx(const Job& j) {
+  Tiles t = of_many(j);
+  if (t == Tiles::none) return tile512(j);
+  if (t == Tiles::bytes || is_integer(j)) return j.m >= 5;
+  return j.m >= 2 || j.format->kind == ZP_BFLOAT16;
 }
 
-// prepared: [m / 32][step][2 tiles][16 words of K][16 tokens] words; then for bytes [m] x_scale, [m] x_sum.
+Tiles tiles(const Job& j) { return j.tiled ? of_many(j) : Tiles::none; }
+
+constexpr int64_t columns_of(Tiles t) { return t == Tiles::bytes ? 64 : 32; }  // of a step
+
+int64_t steps(const Job& j, Tiles t) { return (j.format->k + columns_of(t) - 1) / columns_of(t); }
+
+int64_t units(const Job& j) { return (j.m + PAIR - 1) / PAIR; }
+
+// prepared: [pass][unit of 32 tokens][step][2 tiles][16 words of K][16 tokens] words; then for bytes [m] x_scale and
+// [m] x_sum.
+uint8_t* arranged(const Job& j, Tiles t, int64_t unit, int64_t step) {
+  int64_t first = step / STEPS * STEPS, count = steps(j, t) - first;
+  if (count > STEPS) count = STEPS;
+  return j.prepared + (first * units(j) + unit * count + step - first) * 2 * TILE_BYTES;
+}
+
+float* byte_scales(const Job& j) { return (float*)(j.prepared + units(j) * steps(j, Tiles::bytes) * 2 * TILE_BYTES); }
+
+// 16 tokens' words of a step -> a tile.
+void put_tile(const F* words, uint8_t* tile) {
+  F square[SIDE];
+  unroll<SIDE>([&](auto i) INLINE { square[i] = words[i]; });
+  transpose(square);
+  unroll<SIDE>([&](auto i) INLINE { store((float*)tile + i * SIDE, square[i]); });
+}
+
 void prepare_bfloat16(const Job& j, int64_t unit) {
   int64_t k = j.format->k, count = steps(j, Tiles::bfloat16);
-  uint32_t* out = (uint32_t*)(j.prepared + unit * count * 2 * TILE_BYTES);
-  uint32_t* x = (uint32_t*)__builtin_alloca(count * 64);
-  for (int64_t t = 0; t < PAIR; t++) {
-    int64_t m = unit * PAIR + t;
-    __builtin_memset(x, 0, count * 64);
-    if (m < j.m) __builtin_memcpy(x, x_row(j, m), k * 2);
-    for (int64_t w = 0; w < count * SIDE; w++) {
-      out[(w / SIDE * 2 + t / SIDE) * (TILE_BYTES / 4) + w % SIDE * SIDE + t % SIDE] = x[w];
+  for (int64_t s = 0; s < count; s++) {
+    __mmask32 columns = k - 32 * s >= 32 ? ~0u : (1u << (k - 32 * s)) - 1;
+    uint8_t* out = arranged(j, Tiles::bfloat16, unit, s);
+    for (int64_t half = 0; half < 2; half++) {
+      F words[SIDE];
+      for (int64_t t = 0; t < SIDE; t++) {
+        int64_t m = unit * PAIR + half * SIDE + t;
+        const uint16_t* x = (const uint16_t*)x_row(j, m < j.m ? m : 0) + 32 * s;
+        words[t] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m < j.m ? columns : 0, x));
+      }
+      put_tile(words, out + half * TILE_BYTES);
     }
   }
-}
-
-float* byte_scales(const Job& j) {
-  return (float*)(j.prepared + round_up(j.m, PAIR) / PAIR * steps(j, Tiles::bytes) * 2 * TILE_BYTES);
 }
 
 void prepare_bytes(const Job& j, int64_t unit) {
   int64_t count = steps(j, Tiles::bytes), padded = count * 64;
-  uint32_t* out = (uint32_t*)(j.prepared + unit * count * 2 * TILE_BYTES);
   float* x_scale = byte_scales(j);
-  float* x_sum = x_scale + round_up(j.m, PAIR);
+  float* x_sum = x_scale + units(j) * PAIR;
   float* x = (float*)__builtin_alloca(padded * 4);
   int16_t* q = (int16_t*)__builtin_alloca(padded * 2);
-  uint32_t* words = (uint32_t*)__builtin_alloca(padded);
-  for (int64_t t = 0; t < PAIR; t++) {
-    int64_t m = unit * PAIR + t;
-    x_scale[m] = x_sum[m] = 0;
-    __builtin_memset(words, 0, padded);
-    if (m < j.m) {
-      quantize_token(j, m, x, q, x_scale + m, x_sum + m);
-      for (int64_t i = 0; i < padded; i++) ((int8_t*)words)[i] = (int8_t)q[i];
+  uint8_t* bytes = (uint8_t*)__builtin_alloca(SIDE * padded);
+  for (int64_t half = 0; half < 2; half++) {
+    for (int64_t t = 0; t < SIDE; t++) {
+      int64_t m = unit * PAIR + half * SIDE + t;
+      x_scale[m] = x_sum[m] = 0;
+      if (m < j.m) {
+        quantize_token(j, m, x, q, x_scale + m, x_sum + m);
+      } else {
+        __builtin_memset(q, 0, padded * 2);
+      }
+      for (int64_t i = 0; i < padded; i += 32) {
+        _mm256_storeu_si256((__m256i*)(bytes + t * padded + i), _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + i)));
+      }
     }
-    for (int64_t w = 0; w < count * SIDE; w++) {
-      out[(w / SIDE * 2 + t / SIDE) * (TILE_BYTES / 4) + w % SIDE * SIDE + t % SIDE] = words[w];
+    for (int64_t s = 0; s < count; s++) {
+      F words[SIDE];
+      unroll<SIDE>([&](auto t) INLINE { words[t] = load((const float*)(bytes + t * padded + 64 * s)); });
+      put_tile(words, arranged(j, Tiles::bytes, unit, s) + half * TILE_BYTES);
     }
   }
 }
 
-// sums (32 rows, 32 tokens) += panel (32 rows, row_bytes) * x.
-template <Tiles KIND>
-void multiply_tiles(const uint8_t* panel, int64_t row_bytes, const uint8_t* x, int64_t count, void* sums,
-                    int64_t stride) {
+// sums (32 rows, 32 tokens) = or += rows (32, 64 bytes a step) * x; MANY: more than 16 tokens. What lies at `next` is
+// fetched meanwhile.
+template <Tiles KIND, bool MANY>
+void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t* x, int64_t count, bool first, float* sums,
+                    const uint8_t* next, int64_t lines) {
+  constexpr int64_t STRIDE = PAIR * 4;
   uint8_t* c = (uint8_t*)sums;
-  TILE_LOAD(0, c, stride);
-  TILE_LOAD(1, c + 64, stride);
-  TILE_LOAD(2, c + SIDE * stride, stride);
-  TILE_LOAD(3, c + SIDE * stride + 64, stride);
-  for (int64_t s = 0; s < count; s++) {
-    TILE_LOAD(4, panel + 64 * s, row_bytes);
-    TILE_LOAD(6, x + 2 * TILE_BYTES * s, 64);
-    TILE_LOAD(7, x + 2 * TILE_BYTES * s + TILE_BYTES, 64);
-    TILE_LOAD(5, panel + SIDE * row_bytes + 64 * s, row_bytes);
+  auto dot = [](auto acc, auto a, auto b) INLINE {
     if constexpr (KIND == Tiles::bytes) {
-      TILE_BYTES_DOT(0, 4, 6);
-      TILE_BYTES_DOT(1, 4, 7);
-      TILE_BYTES_DOT(2, 5, 6);
-      TILE_BYTES_DOT(3, 5, 7);
+      tile_bytes<acc, a, b>();
     } else {
-      TILE_BFLOAT16_DOT(0, 4, 6);
-      TILE_BFLOAT16_DOT(1, 4, 7);
-      TILE_BFLOAT16_DOT(2, 5, 6);
-      TILE_BFLOAT16_DOT(3, 5, 7);
+      tile_bfloat16<acc, a, b>();
     }
+  };
+  unroll<4>([&](auto i) INLINE {
+    if constexpr (!MANY && i % 2 == 1) return;
+    first ? tile_zero<i>() : tile_load<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
+  });
+  for (int64_t s = 0; s < count; s++) {
+    for (int64_t i = 0; i < lines; i++) _mm_prefetch(next + 64 * (s * lines + i), _MM_HINT_T1);
+    tile_load<6>(x + 2 * TILE_BYTES * s, 64);
+    tile_load<4>(rows + 64 * s, row_bytes);
+    dot(Index<0>(), Index<4>(), Index<6>());
+    if constexpr (MANY) {
+      tile_load<7>(x + 2 * TILE_BYTES * s + TILE_BYTES, 64);
+      dot(Index<1>(), Index<4>(), Index<7>());
+    }
+    tile_load<5>(rows + SIDE * row_bytes + 64 * s, row_bytes);
+    dot(Index<2>(), Index<5>(), Index<6>());
+    if constexpr (MANY) dot(Index<3>(), Index<5>(), Index<7>());
   }
-  TILE_STORE(0, c, stride);
-  TILE_STORE(1, c + 64, stride);
-  TILE_STORE(2, c + SIDE * stride, stride);
-  TILE_STORE(3, c + SIDE * stride + 64, stride);
+  unroll<4>([&](auto i) INLINE {
+    if constexpr (!MANY && i % 2 == 1) return;
+    tile_store<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
+  });
 }
 
-// scratch: panel (rows, STEPS * 64 bytes), sums (rows, tokens) of float32 or int32.
+// A square of sums, of tokens from m and rows from n on, -> y.
 template <Tiles KIND>
-void multiply_amx_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  constexpr int64_t COLUMNS = KIND == Tiles::bytes ? 64 : 32, ROW = STEPS * 64;
+void put_square(const Job& j, float* sums, int64_t m, int64_t n, int64_t rows) {
+  const zp_weight w = weight_of(j);
+  int64_t tokens = j.m - m < PAIR ? j.m - m : PAIR;
+  const float* x_scale = nullptr;
+  if constexpr (KIND == Tiles::bytes) x_scale = byte_scales(j) + m;
+  if (KIND == Tiles::bytes || scaled_by_row(*j.format)) {
+    for (int64_t r = 0; r < rows; r++) {
+      F scale = set1(scale_of(w, n + r, 0));
+      for (int64_t t = 0; t < tokens; t += W) {
+        F* at = (F*)(sums + r * PAIR + t);
+        if constexpr (KIND == Tiles::bytes) {
+          F whole = mul(_mm512_cvtepi32_ps((__m512i)*at), load(x_scale + t));
+          const float* x_sum = x_scale + units(j) * PAIR;
+          *at = mul(scale, _mm512_fnmadd_ps(set1(offset_of(w, n + r, 0)), load(x_sum + t), whole));
+        } else {
+          *at = mul(scale, *at);
+        }
+      }
+    }
+  }
+  put_transposed(j, sums, PAIR, m, tokens, n, rows);
+}
+
+// Rows [n0, n1), at most ROWS, times tokens from unit u0 up to u1. scratch: panel (rows, PASS), sums [unit][rows / 32]
+// of squares.
+template <Tiles KIND>
+void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1, uint8_t* scratch) {
+  constexpr int64_t COLUMNS = STEPS * columns_of(KIND);
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
-  int64_t count = steps(j, KIND), rows = n1 - n0, padded = round_up(rows, PAIR), tokens = round_up(j.m, PAIR);
-  uint8_t* panel = scratch;
-  float* sums = (float*)(panel + padded * ROW);
-  float* line = sums + padded * tokens;
-  __builtin_memset(sums, 0, padded * tokens * 4);
-  __builtin_memset(panel, 0, padded * ROW);
-  tiles_begin();
+  bool scaled = KIND == Tiles::bfloat16 && !scaled_by_row(f);
+  bool as_it_lies = f.kind == ZP_BFLOAT16 ? f.k % 32 == 0 : KIND == Tiles::bytes && f.bits == 8 && f.k % 64 == 0;
+  as_it_lies = as_it_lies && (n1 - n0) % PAIR == 0;
+  int64_t count = steps(j, KIND), rows = n1 - n0, padded = round_up(rows, PAIR), squares = padded / PAIR;
+  float* sums = (float*)(scratch + padded * PASS);
+  int64_t lines = (2 * TILE_BYTES / 64 + squares - 1) / squares;  // to be fetched in a step for the next unit
   for (int64_t s0 = 0; s0 < count; s0 += STEPS) {
-    int64_t part = count - s0 < STEPS ? count - s0 : STEPS, k0 = s0 * COLUMNS;
-    int64_t columns = f.k - k0 < part * COLUMNS ? f.k - k0 : part * COLUMNS;
-    for (int64_t r = 0; r < rows; r++) {
-      uint8_t* to = panel + r * ROW;
+    int64_t part = count - s0 < STEPS ? count - s0 : STEPS, k0 = s0 * columns_of(KIND);
+    int64_t k1 = f.k < k0 + COLUMNS ? f.k : k0 + COLUMNS;
+    const uint8_t* panel = as_it_lies ? j.packed + n0 * j.row_bytes + s0 * 64 : scratch;
+    int64_t row_bytes = as_it_lies ? j.row_bytes : PASS;
+    for (int64_t r = 0; !as_it_lies && r < rows; r++) {
+      uint8_t* to = scratch + r * PASS;
       if constexpr (KIND == Tiles::bytes) {
-        unpack(j.packed + (n0 + r) * j.row_bytes + k0 * f.bits / 8, f.bits, columns, (uint8_t*)line);
-        __builtin_memcpy(to, line, columns);
+        unpack(j.packed + (n0 + r) * j.row_bytes + k0 * f.bits / 8, f.bits, k1 - k0, to);
       } else {
-        decode_columns(w, n0 + r, k0, k0 + columns, line);
-        from_f32(line, ZP_BF16, columns, to);
+        decode_bfloat16(w, n0 + r, k0, k1, scaled, (uint16_t*)to);
       }
-      int64_t bytes = columns * (KIND == Tiles::bytes ? 1 : 2);
-      __builtin_memset(to + bytes, 0, part * 64 - bytes);
     }
-    for (int64_t m = 0; m < j.m; m += PAIR) {
-      const uint8_t* x = j.prepared + (m / PAIR * count + s0) * 2 * TILE_BYTES;
-      for (int64_t r = 0; r < padded; r += PAIR) {
-        multiply_tiles<KIND>(panel + r * ROW, ROW, x, part, sums + r * tokens + m, tokens * 4);
+    for (int64_t u = u0; u < u1; u++) {
+      const uint8_t* x = arranged(j, KIND, u, s0);
+      bool many = j.m - u * PAIR > SIDE;
+      for (int64_t i = 0; i < squares; i++) {
+        float* square = sums + ((u - u0) * squares + i) * PAIR * PAIR;
+        const uint8_t* a = panel + i * PAIR * row_bytes;
+        const uint8_t* next = x + (part * 2 * TILE_BYTES) + i * part * lines * 64;
+        if (many) {
+          multiply_tiles<KIND, true>(a, row_bytes, x, part, s0 == 0, square, next, lines);
+        } else {
+          multiply_tiles<KIND, false>(a, row_bytes, x, part, s0 == 0, square, next, lines);
+        }
+        if (s0 + part == count) {
+          int64_t left = rows - i * PAIR;
+          put_square<KIND>(j, square, u * PAIR, n0 + i * PAIR, left < PAIR ? left : PAIR);
+        }
       }
+    }
+  }
+}
+
+int64_t panel_rows(const Job& j) { return j.m <= PAIR ? PAIR : ROWS; }
+
+template <Tiles KIND>
+void multiply_tiled(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
+  constexpr int64_t SOME = TOKENS_AT_HAND / PAIR;
+  int64_t all = units(j), rows = panel_rows(j);
+  tiles_begin();
+  for (int64_t n = n0; n < n1; n += rows) {
+    for (int64_t u = 0; u < all; u += SOME) {
+      multiply_panel<KIND>(j, n, n + rows < n1 ? n + rows : n1, u, u + SOME < all ? u + SOME : all, scratch);
     }
   }
   tiles_end();
-  if constexpr (KIND == Tiles::bytes) {
-    const float* x_scale = byte_scales(j);
-    const float* x_sum = x_scale + tokens;
-    for (int64_t r = 0; r < rows; r++) {
-      F scale = set1(scale_of(w, n0 + r, 0)), offset = set1(offset_of(w, n0 + r, 0));
-      for (int64_t m = 0; m < tokens; m += W) {
-        float* at = sums + r * tokens + m;
-        F whole = _mm512_cvtepi32_ps(_mm512_loadu_si512(at));
-        F product = _mm512_fnmadd_ps(offset, load(x_sum + m), mul(whole, load(x_scale + m)));
-        store(at, mul(scale, product));
-      }
-    }
-  }
-  put_transposed(j, sums, tokens, 0, j.m, n0, rows);
 }
 
 // --- the table ---
-
-bool tile_amx(const Job& j) { return is_integer(j) && of_many(j) != Tiles::none ? j.m >= FEWEST : tile512(j); }
 
 int64_t tokens_amx(const Job& j) { return tiles(j) == Tiles::none ? tokens512(j) : PAIR; }
 
 size_t prepared_bytes_amx(const Job& j) {
   Tiles t = tiles(j);
   if (t == Tiles::none) return prepared_bytes512(j);
-  int64_t units = round_up(j.m, PAIR) / PAIR;
-  return units * steps(j, t) * 2 * TILE_BYTES + (t == Tiles::bytes ? 2 * units * PAIR * 4 : 0);
+  return units(j) * steps(j, t) * 2 * TILE_BYTES + (t == Tiles::bytes ? 2 * units(j) * PAIR * 4 : 0);
 }
 
 void prepare_amx(const Job& j, int64_t unit) {
@@ -181,43 +252,29 @@ void prepare_amx(const Job& j, int64_t unit) {
 int64_t rows_amx(const Job& j, int32_t threads) {
   if (tiles(j) == Tiles::none) return rows(j, threads);
   int64_t share = round_up((j.format->n + 4 * threads - 1) / (4 * threads), PAIR);
-  return share > 4 * PAIR ? 4 * PAIR : share;
+  return share > ROWS ? ROWS : share;
 }
 
 size_t scratch_bytes_amx(const Job& j, int64_t rows) {
   if (tiles(j) == Tiles::none) return scratch_bytes512(j, rows);
-  return round_up(rows, PAIR) * (STEPS * 64 + round_up(j.m, PAIR) * 4) + STEPS * 64 * 4;
+  int64_t padded = rows < panel_rows(j) ? round_up(rows, PAIR) : panel_rows(j);
+  int64_t tokens = units(j) * PAIR < TOKENS_AT_HAND ? units(j) * PAIR : TOKENS_AT_HAND;
+  return padded * (PASS + tokens * 4);
 }
 
 void multiply_amx(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   Tiles t = tiles(j);
   if (t == Tiles::none) return multiply512(j, n0, n1, scratch);
-  if (t == Tiles::bytes) return multiply_amx_rows<Tiles::bytes>(j, n0, n1, scratch);
-  multiply_amx_rows<Tiles::bfloat16>(j, n0, n1, scratch);
+  if (t == Tiles::bytes) return multiply_tiled<Tiles::bytes>(j, n0, n1, scratch);
+  multiply_tiled<Tiles::bfloat16>(j, n0, n1, scratch);
 }
 
 double peak_amx(int32_t what, int64_t repeats) {
   if (what == ZP_PEAK_FLOAT32) return peak512(what, repeats);
-  alignas(64) uint8_t zeros[TILE_BYTES] = {};
   tiles_begin();
-  TILE_LOAD(0, zeros, 64);
-  TILE_LOAD(1, zeros, 64);
-  TILE_LOAD(2, zeros, 64);
-  TILE_LOAD(3, zeros, 64);
-  TILE_LOAD(4, zeros, 64);
-  TILE_LOAD(5, zeros, 64);
+  unroll<6>([](auto t) INLINE { tile_zero<t>(); });
   for (int64_t i = 0; i < repeats; i++) {
-    if (what == ZP_PEAK_BYTES) {
-      TILE_BYTES_DOT(0, 4, 5);
-      TILE_BYTES_DOT(1, 4, 5);
-      TILE_BYTES_DOT(2, 4, 5);
-      TILE_BYTES_DOT(3, 4, 5);
-    } else {
-      TILE_BFLOAT16_DOT(0, 4, 5);
-      TILE_BFLOAT16_DOT(1, 4, 5);
-      TILE_BFLOAT16_DOT(2, 4, 5);
-      TILE_BFLOAT16_DOT(3, 4, 5);
-    }
+    unroll<4>([&](auto c) INLINE { what == ZP_PEAK_BYTES ? tile_bytes<c, 4, 5>() : tile_bfloat16<c, 4, 5>(); });
   }
   tiles_end();
   return 2.0 * 4 * SIDE * SIDE * (what == ZP_PEAK_BYTES ? 64 : 32) * (double)repeats;

@@ -47,6 +47,22 @@ inline void sum4(F a, F b, F c, F d, float* out) {
   __m128 zw = _mm_add_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));
   _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(xy, zw), _mm_movehl_ps(zw, xy)));
 }
+inline void transpose(F* v) {  // 8 x 8
+  F pairs[8], fours[8];
+  unroll<4>([&](auto i) INLINE {
+    pairs[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  });
+  unroll<4>([&](auto i) INLINE {
+    constexpr int at = i / 2 * 4 + i % 2;
+    fours[i / 2 * 4 + i % 2 * 2] = _mm256_shuffle_ps(pairs[at], pairs[at + 2], 0x44);
+    fours[i / 2 * 4 + i % 2 * 2 + 1] = _mm256_shuffle_ps(pairs[at], pairs[at + 2], 0xee);
+  });
+  unroll<4>([&](auto i) INLINE {
+    v[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    v[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  });
+}
 inline float highest(F a) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));

@@ -43,6 +43,25 @@ inline void sum4(F a, F b, F c, F d, float* out) {
   __m128 zw = _mm_add_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));
   _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(xy, zw), _mm_movehl_ps(zw, xy)));
 }
+inline void transpose(F* v) {  // 16 x 16: pairs of lanes, fours, then the four 128-bit parts
+  F pairs[16], fours[16];
+  unroll<8>([&](auto i) INLINE {
+    pairs[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  });
+  unroll<8>([&](auto i) INLINE {  // fours[4 * a + c]: column c of each part, of rows 4 * a on
+    constexpr int at = i / 2 * 4 + i % 2;
+    fours[i / 2 * 4 + i % 2 * 2] = _mm512_shuffle_ps(pairs[at], pairs[at + 2], 0x44);
+    fours[i / 2 * 4 + i % 2 * 2 + 1] = _mm512_shuffle_ps(pairs[at], pairs[at + 2], 0xee);
+  });
+  unroll<4>([&](auto c) INLINE {
+    F a = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88), b = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd);
+    F d = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+    F e = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd);
+    v[c] = _mm512_shuffle_f32x4(a, d, 0x88), v[8 + c] = _mm512_shuffle_f32x4(a, d, 0xdd);
+    v[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88), v[12 + c] = _mm512_shuffle_f32x4(b, e, 0xdd);
+  });
+}
 inline float largest(F a) {
   return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) ? __builtin_nanf("") : _mm512_reduce_max_ps(a);
 }

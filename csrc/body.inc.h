@@ -7,6 +7,7 @@
 //   TILE_N, TILE_V rows of weight x vectors of tokens whose sums stay in registers
 //   zero set1 load store add sub mul div fma min max abs_max round_even sum largest       on F
 //   sum4           four sums, each added up in the order of `sum`
+//   transpose      W vectors as a square: lane i of vector j <-> lane j of vector i
 //   load_u8 load_i8 load_f16 load_bf16 load_e4m3 load_e5m2 load_e8m0 store_f16 store_bf16   W values at a pointer <-> F
 //   store_i16      rounds to nearest even and stores W int16
 //   store_u8       stores W bytes; one_where_above(a, b) is 1 where a > b, else 0; smallest and highest over the lanes
@@ -544,19 +545,34 @@ static void gemm_rows(const float* panel, const float* x, int64_t depth, float* 
   for (; i < rows; i++) gemm_tile<Word, 1, NV>(panel + i * DEPTH, x, depth, sums + i * stride, stride);
 }
 
-// sums (rows, stride) -> y (tokens, n), transposed, bias added.
+// sums (rows, stride), whose columns are tokens up to a multiple of W -> y (tokens, n), transposed, bias added.
 static void put_transposed(const Job& j, const float* sums, int64_t stride, int64_t m0, int64_t tokens, int64_t n0,
                            int64_t rows) {
-  float line[256];
-  for (int64_t r0 = 0; r0 < rows; r0 += 256) {
-    int64_t count = rows - r0 < 256 ? rows - r0 : 256;
-    for (int64_t m = 0; m < tokens; m++) {
-      for (int64_t r = 0; r < count; r++) line[r] = sums[(r0 + r) * stride + m];
-      if (j.bias) {
-        for (int64_t r = 0; r < count; r++) line[r] += read_float(j.bias, n0 + r0 + r, j.bias_dtype);
+  int64_t size = j.x_dtype == ZP_F32 ? 4 : 2;
+  for (int64_t r = 0; r < rows; r += W) {
+    int64_t count = rows - r < W ? rows - r : W;
+    float bias[W] = {};
+    for (int64_t i = 0; j.bias && i < count; i++) bias[i] = read_float(j.bias, n0 + r + i, j.bias_dtype);
+    for (int64_t m = 0; m < tokens; m += W) {
+      F square[W];
+      for (int64_t i = 0; i < count; i++) square[i] = load(sums + (r + i) * stride + m);
+      for (int64_t i = count; i < W; i++) square[i] = zero();
+      transpose(square);
+      for (int64_t t = 0; t < W && m + t < tokens; t++) {
+        F y = add(square[t], load(bias));
+        uint8_t* to = (uint8_t*)j.y + ((m0 + m + t) * j.format->n + n0 + r) * size;
+        if (count < W) {
+          float line[W];
+          store(line, y);
+          from_f32(line, j.x_dtype, count, to);
+        } else if (j.x_dtype == ZP_F32) {
+          store((float*)to, y);
+        } else if (j.x_dtype == ZP_F16) {
+          store_f16((uint16_t*)to, y);
+        } else {
+          store_bf16((uint16_t*)to, y);
+        }
       }
-      int64_t at = (m0 + m) * j.format->n + n0 + r0;
-      from_f32(line, j.x_dtype, count, (uint8_t*)j.y + at * (j.x_dtype == ZP_F32 ? 4 : 2));
     }
   }
 }

@@ -173,8 +173,9 @@ const char* lacks_avx512_bf16() {
 }
 #endif
 
+#ifndef ZP_NO_AMX
 const char* lacks_amx() {
-  if (const char* why = lacks_avx512()) return why;
+  if (const char* why = lacks_avx512_bf16()) return why;
 #ifdef ZP_EMULATE_TILES
   return nullptr;
 #elif defined(__linux__)
@@ -191,6 +192,7 @@ const char* lacks_amx() {
   return "AMX is used on Linux only";
 #endif
 }
+#endif
 #endif
 
 struct Level {

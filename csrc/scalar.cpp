@@ -44,6 +44,7 @@ inline F one_where_above(F a, F b) { return a > b ? 1.0f : 0.0f; }
 inline void store_u8(uint8_t* p, F v) { *p = (uint8_t)v; }
 inline F round_even(F a) { return __builtin_rintf(a); }
 inline float sum(F a) { return a; }
+inline void transpose(F*) {}
 inline void sum4(F a, F b, F c, F d, float* out) { out[0] = a, out[1] = b, out[2] = c, out[3] = d; }
 inline float largest(F a) { return a; }
 inline F load_u8(const uint8_t* p) { return *p; }

@@ -8,6 +8,10 @@ static thread_local uint8_t tile_data[8][16][64];
 static inline void tiles_begin() { __builtin_memset(tile_data, 0xff, sizeof(tile_data)); }
 static inline void tiles_end() {}
 template <int T>
+static inline void tile_zero() {
+  __builtin_memset(tile_data[T], 0, sizeof(tile_data[T]));
+}
+template <int T>
 static inline void tile_load(const void* p, int64_t stride) {
   for (int r = 0; r < 16; r++) __builtin_memcpy(tile_data[T][r], (const uint8_t*)p + r * stride, 64);
 }
@@ -43,11 +47,6 @@ static inline void tile_bfloat16() {
   }
 }
 
-#define TILE_LOAD(t, p, stride) tile_load<t>(p, stride)
-#define TILE_STORE(t, p, stride) tile_store<t>(p, stride)
-#define TILE_BYTES_DOT(c, a, b) tile_bytes<c, a, b>()
-#define TILE_BFLOAT16_DOT(c, a, b) tile_bfloat16<c, a, b>()
-
 #else
 
 struct alignas(64) TileConfig {
@@ -64,10 +63,27 @@ static inline void tiles_begin() {
   _tile_loadconfig(&config);
 }
 static inline void tiles_end() { _tile_release(); }
-// Macros, because g++'s intrinsics paste the register's number into assembly.
-#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
-#define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
-#define TILE_BYTES_DOT(c, a, b) _tile_dpbusd(c, a, b)
-#define TILE_BFLOAT16_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
+
+// In assembly, because g++'s intrinsics paste the register's number as it is spelled, which no template can.
+template <int T>
+static inline INLINE void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+static inline INLINE void tile_load(const void* p, int64_t stride) {
+  __asm__ volatile("tileloadd (%0, %1, 1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+static inline INLINE void tile_store(void* p, int64_t stride) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0, %1, 1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+static inline INLINE void tile_bytes() {
+  __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+static inline INLINE void tile_bfloat16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 
 #endif

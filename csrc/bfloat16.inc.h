@@ -1,0 +1,183 @@
+// Rows of any format as bfloat16, for AVX512 with BF16 and VBMI. Included by avx512_bf16.cpp and amx.cpp after
+// avx512.inc.h.
+
+bool is_float8(const zp_format& f) { return f.kind == ZP_FLOAT8_E4M3FN || f.kind == ZP_FLOAT8_E5M2; }
+
+inline void put_pairs(uint16_t* out, F low, F high) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// 32 bfloat16 times a scale, rounded once.
+inline __m512i times(__m512i words, F scale) {
+  __m256i halves[2] = {_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1)};
+  F product[2];
+  unroll<2>([&](auto h) INLINE {
+    product[h] = mul(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[h]), 16)), scale);
+  });
+  return (__m512i)_mm512_cvtne2ps_pbh(product[1], product[0]);
+}
+
+// The 128 magnitudes of a float8, exactly, as the upper and the lower bytes of bfloat16.
+struct Float8Table {
+  alignas(64) uint8_t upper[128];
+  alignas(64) uint8_t lower[128];
+};
+
+constexpr Float8Table make_float8(int mantissa_bits, int bias, bool has_infinity) {
+  Float8Table table = {};
+  for (int c = 0; c < 128; c++) {
+    int exponent = c >> mantissa_bits, mantissa = c & ((1 << mantissa_bits) - 1), steps = 0;
+    bool top = exponent == (127 >> mantissa_bits), is_nan = has_infinity ? top && mantissa : c == 127;
+    if (exponent == 0) {  // a subnormal, which bfloat16 has as a normal number
+      while (mantissa && !(mantissa >> mantissa_bits)) mantissa *= 2, steps++;
+      mantissa &= (1 << mantissa_bits) - 1;
+      exponent = c ? 1 - steps : bias - 127;
+    }
+    int bits = (exponent - bias + 127) << 7 | mantissa << (7 - mantissa_bits);
+    if (has_infinity && top) bits = 0x7f80;
+    if (is_nan) bits = 0x7fc0;
+    table.upper[c] = (uint8_t)(bits >> 8), table.lower[c] = (uint8_t)bits;
+  }
+  return table;
+}
+
+struct Float8Words {  // 64 codes -> bfloat16, two vectors of 32
+  __m512i upper[2], lower[2];
+  explicit Float8Words(const zp_format& f) {
+    static constexpr Float8Table e4m3fn = make_float8(3, 7, false), e5m2 = make_float8(2, 15, true);
+    const Float8Table& table = f.kind == ZP_FLOAT8_E4M3FN ? e4m3fn : e5m2;
+    for (int i = 0; i < 2; i++) {
+      upper[i] = _mm512_load_si512(table.upper + 64 * i), lower[i] = _mm512_load_si512(table.lower + 64 * i);
+    }
+  }
+  inline INLINE void operator()(const uint8_t* p, int64_t count, __m512i* words) const {  // past count: zeros
+    const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // interleaved, they are in order
+    __m512i c = _mm512_permutexvar_epi64(halves, _mm512_maskz_loadu_epi8(first(count), p));
+    __m512i sign = _mm512_and_si512(c, _mm512_set1_epi8((char)0x80));
+    __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(upper[0], c, upper[1]), sign);
+    __m512i low = _mm512_permutex2var_epi8(lower[0], c, lower[1]);
+    words[0] = _mm512_unpacklo_epi8(low, high);
+    words[1] = _mm512_unpackhi_epi8(low, high);
+  }
+};
+
+constexpr int64_t MOST = 1024;  // columns decoded in one call
+
+// Of groups [first, first + count) of a row; offset: what is subtracted from a code. Written to whole vectors.
+inline void grids(const zp_weight& w, int64_t row, int64_t first, int64_t count, float* scale, float* offset) {
+  const zp_format& f = *w.format;
+  int64_t at = row * f.scale_stride + first;
+  F half = f.kind == ZP_INTEGER ? set1((float)(1 << (f.bits - 1))) : zero();
+  for (int64_t g = 0; g < count; g += W) {
+    int64_t some = count - g < W ? count - g : W;
+    if (f.scale_dtype == ZP_F16) {
+      store(scale + g, load_f16_part((const uint16_t*)w.scale + at + g, some));
+    } else if (f.scale_dtype == ZP_E8M0 && some == W) {
+      store(scale + g, load_e8m0((const uint8_t*)w.scale + at + g));
+    } else {
+      for (int64_t i = 0; i < some; i++) scale[g + i] = read_scale(f, w.scale, at + g + i);
+    }
+    F zero_point = !w.zero_point        ? zero()
+                   : f.float_zero_point ? load_f16_part((const uint16_t*)w.zero_point + at + g, some)
+                                        : load_i8_part((const int8_t*)w.zero_point + at + g, some);
+    store(offset + g, add(half, zero_point));
+  }
+}
+
+inline __m128i load_part(const uint8_t* p, int64_t bytes) {  // at most 16
+  return bytes >= 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8((__mmask16)((1u << bytes) - 1), p);
+}
+
+// Integers and codebooks. Up to 32 values that a group's codes stand for are scaled and rounded once, and codes are
+// looked up among them.
+inline void decode_codes(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale,
+                         const float* offset, uint16_t* out) {
+  const zp_format& f = *w.format;
+  alignas(64) float own[16];
+  alignas(64) uint8_t codes[MOST + 64];
+  F levels = _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  if (f.kind == ZP_CODEBOOK) levels = load(levels_of(w, row, own));
+  const uint8_t* packed = w.packed + row * packed_row_bytes(f) + k0 * f.bits / 8;
+  const uint8_t* from = codes;
+  if (f.bits == 8 && count % 32 == 0) {
+    from = packed;
+  } else if (f.bits != 4) {
+    unpack(packed, f.bits, count, codes);
+  }
+  int64_t at = 0, end = (k0 / f.group_size + 1) * f.group_size - k0;
+  for (int64_t group = 0; at < count; group++, end += f.group_size) {
+    if (end > count) end = count;
+    F s = set1(scale[group]), o = set1(offset[group]);
+    if (f.bits <= 5) {  // up to 16 values twice: upper bits do not matter
+      F low = mul(sub(levels, o), s), high = low;
+      if (f.bits == 5) high = mul(sub(add(levels, set1(16)), o), s);
+      __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+      for (; at < end; at += 32) {
+        __m512i index;
+        if (f.bits == 4) {
+          __m512i both = _mm512_cvtepu8_epi32(load_part(packed + at / 2, (count - at + 1) / 2));
+          index = _mm512_or_si512(both, _mm512_slli_epi32(both, 12));
+        } else {
+          index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + at)));
+        }
+        _mm512_storeu_si512(out + at, _mm512_permutexvar_epi16(index, table));
+      }
+    } else {
+      for (; at < end; at += 32) {
+        put_pairs(out + at, mul(sub(load_u8(from + at), o), s), mul(sub(load_u8(from + at + W), o), s));
+      }
+    }
+  }
+}
+
+inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale,
+                          uint16_t* out) {
+  const zp_format& f = *w.format;
+  const Float8Words decode(f);
+  const uint8_t* packed = w.packed + row * f.k + k0;
+  bool is_one = scale[0] == 1 && f.group_size >= f.k;
+  for (int64_t at = 0; at < count; at += 64) {
+    __m512i words[2];
+    decode(packed + at, count - at, words);
+    unroll<2>([&](auto h) INLINE {
+      int64_t k = at + 32 * h;
+      if (k >= count) return;
+      int64_t group = (k0 + k) / f.group_size - k0 / f.group_size;
+      _mm512_storeu_si512(out + k, is_one ? words[h] : times(words[h], set1(scale[group])));
+    });
+  }
+}
+
+// One scale for a whole row, which the sum of products can take as well.
+inline bool scaled_by_row(const zp_format& f) {
+  return f.kind != ZP_BFLOAT16 && f.kind != ZP_FLOAT16 && f.group_size >= f.k;
+}
+
+// Columns [k0, k1) of a row, at most MOST of them; k0 is a multiple of 32 and so are groups, but for the last of a row.
+// Zeros up to whole vectors of 32 columns. scaled: false leaves out the scale of a row that has only one.
+inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out) {
+  const zp_format& f = *w.format;
+  int64_t count = k1 - k0;
+  if (f.kind == ZP_BFLOAT16 || f.kind == ZP_FLOAT16) {
+    const uint16_t* p = (const uint16_t*)w.packed + row * f.k + k0;
+    for (int64_t i = 0; i < count; i += 32) {
+      __m512i words = _mm512_maskz_loadu_epi16(count - i >= 32 ? ~0u : (1u << (count - i)) - 1, p + i);
+      if (f.kind == ZP_FLOAT16) {
+        F low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+        words = (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1)), low);
+      }
+      _mm512_storeu_si512(out + i, words);
+    }
+    return;
+  }
+  alignas(64) float scales[MOST / 32 + 2 * W], offsets[MOST / 32 + 2 * W];
+  int64_t first_group = k0 / f.group_size;
+  grids(w, row, first_group, (k1 - 1) / f.group_size - first_group + 1, scales, offsets);
+  if (!scaled) scales[0] = 1;
+  if (is_float8(f)) {
+    decode_float8(w, row, k0, count, scales, out);
+  } else {
+    decode_codes(w, row, k0, count, scales, offsets, out);
+    for (int64_t i = count; i % 32; i++) out[i] = 0;
+  }
+}
