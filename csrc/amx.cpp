@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t SIDE = 16;  // rows and columns of a tile
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t PAIR = 2 * SIDE;       // two by two tiles of sums at a time: a square
-constexpr int64_t STEPS = 16;            // tiles along K of a pass: 512 bfloat16 or 1024 bytes, first-level cache
-constexpr int64_t PASS = STEPS * 64;     // bytes of a row in it
 constexpr int64_t ROWS = 256;            // of a panel of many tokens, and
 constexpr int64_t TOKENS_AT_HAND = 512;  // tokens whose sums are kept with it in the second-level cache
 
@@ -46,11 +44,23 @@ int64_t steps(const Job& j, Tiles t) { return (j.format->k + columns_of(t) - 1) 
 
 int64_t units(const Job& j) { return (j.m + PAIR - 1) / PAIR; }
 
+// Steps of a pass. Few tokens: rows are read from end to end and sums stay in registers; many: a panel of many rows and
+// a stretch of all tokens stay in cache.
+int64_t pass_steps(const Job& j, Tiles t) {
+  int64_t most = units(j) <= 2 ? 128 : 24, count = steps(j, t);
+  return count < most ? count : most;
+}
+
+// Of a row of a panel: an odd number of lines, which spreads rows over the cache.
+int64_t panel_stride(const Job& j, Tiles t) { return (pass_steps(j, t) / 2 * 2 + 1) * 64; }
+
+int64_t panel_rows(const Job& j) { return units(j) <= 2 ? PAIR : ROWS; }
+
 // prepared: [pass][unit of 32 tokens][step][2 tiles][16 words of K][16 tokens] words; then for bytes [m] x_scale and
 // [m] x_sum.
 uint8_t* arranged(const Job& j, Tiles t, int64_t unit, int64_t step) {
-  int64_t first = step / STEPS * STEPS, count = steps(j, t) - first;
-  if (count > STEPS) count = STEPS;
+  int64_t pass = pass_steps(j, t), first = step / pass * pass, count = steps(j, t) - first;
+  if (count > pass) count = pass;
   return j.prepared + (first * units(j) + unit * count + step - first) * 2 * TILE_BYTES;
 }
 
@@ -109,11 +119,11 @@ void prepare_bytes(const Job& j, int64_t unit) {
   }
 }
 
-// sums (32 rows, 32 tokens) = or += rows (32, 64 bytes a step) * x; MANY: more than 16 tokens. What lies at `next` is
-// fetched meanwhile.
+// sums = or += rows * x; MANY: more than 16 tokens. Of `next`, `lines` of 64 bytes are fetched in each step, and the
+// sums behind these.
 template <Tiles KIND, bool MANY>
-void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t* x, int64_t count, bool first, float* sums,
-                    const uint8_t* next, int64_t lines) {
+__attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t* x, int64_t count,
+                                              bool first, float* sums, const uint8_t* next, int64_t lines) {
   constexpr int64_t STRIDE = PAIR * 4;
   uint8_t* c = (uint8_t*)sums;
   auto dot = [](auto acc, auto a, auto b) INLINE {
@@ -127,16 +137,15 @@ void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t* x, in
     if constexpr (!MANY && i % 2 == 1) return;
     first ? tile_zero<i>() : tile_load<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
   });
-  for (int64_t s = 0; s < count; s++) {
-    for (int64_t i = 0; i < lines; i++) _mm_prefetch(next + 64 * (s * lines + i), _MM_HINT_T1);
-    tile_load<6>(x + 2 * TILE_BYTES * s, 64);
-    tile_load<4>(rows + 64 * s, row_bytes);
+  for (int64_t s = 0; s < count; s++, rows += 64, x += 2 * TILE_BYTES) {
+    for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    if (!first) unroll<3>([&](auto i) INLINE { __builtin_prefetch(c + PAIR * STRIDE + 64 * (3 * s + i), 1); });
+    tile_load<6>(x, 64);  // all loads first: where they and products take turns, the fewer turns the better
+    tile_load<4>(rows, row_bytes);
+    if constexpr (MANY) tile_load<7>(x + TILE_BYTES, 64);
+    tile_load<5>(rows + SIDE * row_bytes, row_bytes);
     dot(Index<0>(), Index<4>(), Index<6>());
-    if constexpr (MANY) {
-      tile_load<7>(x + 2 * TILE_BYTES * s + TILE_BYTES, 64);
-      dot(Index<1>(), Index<4>(), Index<7>());
-    }
-    tile_load<5>(rows + SIDE * row_bytes + 64 * s, row_bytes);
+    if constexpr (MANY) dot(Index<1>(), Index<4>(), Index<7>());
     dot(Index<2>(), Index<5>(), Index<6>());
     if constexpr (MANY) dot(Index<3>(), Index<5>(), Index<7>());
   }
@@ -171,40 +180,56 @@ void put_square(const Job& j, float* sums, int64_t m, int64_t n, int64_t rows) {
   put_transposed(j, sums, PAIR, m, tokens, n, rows);
 }
 
-// Rows [n0, n1), at most ROWS, times tokens from unit u0 up to u1. scratch: panel (rows, PASS), sums [unit][rows / 32]
-// of squares.
+// Rows as they lie are read straight from the weight.
+template <Tiles KIND>
+bool as_they_lie(const zp_format& f) {
+  return KIND == Tiles::bytes ? f.bits == 8 && f.k % 64 == 0 : f.kind == ZP_BFLOAT16 && f.k % 32 == 0;
+}
+
+// Columns [k0, k1) of a row as tiles take them. What lies `ahead`, as many bytes, is fetched meanwhile.
+template <Tiles KIND>
+void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, const uint8_t* ahead, uint8_t* out) {
+  const zp_format& f = *j.format;
+  for (int64_t k = k0; k < k1; k += MOST, out += MOST / columns_of(KIND) * 64) {
+    int64_t end = k + MOST < k1 ? k + MOST : k1, bytes = (end - k) * f.bits / 8;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i);
+    ahead += bytes;
+    if constexpr (KIND == Tiles::bytes) {
+      unpack(j.packed + row * j.row_bytes + k * f.bits / 8, f.bits, end - k, out);
+    } else {
+      decode_bfloat16(weight_of(j), row, k, end, !scaled_by_row(f), (uint16_t*)out);
+    }
+  }
+}
+
+// Rows [n0, n1), at most panel_rows, times tokens from unit u0 up to u1. scratch: the panel, sums [unit][rows / 32] of
+// squares.
 template <Tiles KIND>
 void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1, uint8_t* scratch) {
-  constexpr int64_t COLUMNS = STEPS * columns_of(KIND);
   const zp_format& f = *j.format;
-  const zp_weight w = weight_of(j);
-  bool scaled = KIND == Tiles::bfloat16 && !scaled_by_row(f);
-  bool as_it_lies = f.kind == ZP_BFLOAT16 ? f.k % 32 == 0 : KIND == Tiles::bytes && f.bits == 8 && f.k % 64 == 0;
-  as_it_lies = as_it_lies && (n1 - n0) % PAIR == 0;
-  int64_t count = steps(j, KIND), rows = n1 - n0, padded = round_up(rows, PAIR), squares = padded / PAIR;
-  float* sums = (float*)(scratch + padded * PASS);
-  int64_t lines = (2 * TILE_BYTES / 64 + squares - 1) / squares;  // to be fetched in a step for the next unit
-  for (int64_t s0 = 0; s0 < count; s0 += STEPS) {
-    int64_t part = count - s0 < STEPS ? count - s0 : STEPS, k0 = s0 * columns_of(KIND);
-    int64_t k1 = f.k < k0 + COLUMNS ? f.k : k0 + COLUMNS;
-    const uint8_t* panel = as_it_lies ? j.packed + n0 * j.row_bytes + s0 * 64 : scratch;
-    int64_t row_bytes = as_it_lies ? j.row_bytes : PASS;
-    for (int64_t r = 0; !as_it_lies && r < rows; r++) {
-      uint8_t* to = scratch + r * PASS;
-      if constexpr (KIND == Tiles::bytes) {
-        unpack(j.packed + (n0 + r) * j.row_bytes + k0 * f.bits / 8, f.bits, k1 - k0, to);
-      } else {
-        decode_bfloat16(w, n0 + r, k0, k1, scaled, (uint16_t*)to);
-      }
+  bool lie = as_they_lie<KIND>(f) && (n1 - n0) % PAIR == 0;
+  int64_t count = steps(j, KIND), pass = pass_steps(j, KIND), rows = n1 - n0, squares = (rows + PAIR - 1) / PAIR;
+  int64_t stride = panel_stride(j, KIND), row_bytes = lie ? j.row_bytes : stride;
+  float* sums = (float*)(scratch + squares * PAIR * stride);
+  int64_t lines = u1 - u0 > 2 ? 2 * TILE_BYTES / 64 / squares : 0;  // of the next unit, fetched in a step
+  for (int64_t s0 = 0; s0 < count; s0 += pass) {
+    int64_t part = count - s0 < pass ? count - s0 : pass, k0 = s0 * columns_of(KIND);
+    int64_t k1 = f.k < k0 + part * columns_of(KIND) ? f.k : k0 + part * columns_of(KIND);
+    for (int64_t r = 0; !lie && r < rows; r++) {
+      const uint8_t* packed = j.packed + (n0 + r) * j.row_bytes;
+      const uint8_t* ahead = pass == count       ? packed + AHEAD
+                             : s0 + part < count ? packed + k1 * f.bits / 8
+                                                 : packed + rows * j.row_bytes;
+      unpack_row<KIND>(j, n0 + r, k0, k1, ahead, scratch + r * row_bytes);
     }
+    const uint8_t* panel = lie ? j.packed + n0 * j.row_bytes + s0 * 64 : scratch;
     for (int64_t u = u0; u < u1; u++) {
       const uint8_t* x = arranged(j, KIND, u, s0);
-      bool many = j.m - u * PAIR > SIDE;
       for (int64_t i = 0; i < squares; i++) {
         float* square = sums + ((u - u0) * squares + i) * PAIR * PAIR;
         const uint8_t* a = panel + i * PAIR * row_bytes;
-        const uint8_t* next = x + (part * 2 * TILE_BYTES) + i * part * lines * 64;
-        if (many) {
+        const uint8_t* next = x + part * 2 * TILE_BYTES + i * part * lines * 64;
+        if (j.m - u * PAIR > SIDE) {
           multiply_tiles<KIND, true>(a, row_bytes, x, part, s0 == 0, square, next, lines);
         } else {
           multiply_tiles<KIND, false>(a, row_bytes, x, part, s0 == 0, square, next, lines);
@@ -217,8 +242,6 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
     }
   }
 }
-
-int64_t panel_rows(const Job& j) { return j.m <= PAIR ? PAIR : ROWS; }
 
 template <Tiles KIND>
 void multiply_tiled(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
@@ -256,10 +279,11 @@ int64_t rows_amx(const Job& j, int32_t threads) {
 }
 
 size_t scratch_bytes_amx(const Job& j, int64_t rows) {
-  if (tiles(j) == Tiles::none) return scratch_bytes512(j, rows);
-  int64_t padded = rows < panel_rows(j) ? round_up(rows, PAIR) : panel_rows(j);
+  Tiles t = tiles(j);
+  if (t == Tiles::none) return scratch_bytes512(j, rows);
+  int64_t squares = ((rows < panel_rows(j) ? rows : panel_rows(j)) + PAIR - 1) / PAIR;
   int64_t tokens = units(j) * PAIR < TOKENS_AT_HAND ? units(j) * PAIR : TOKENS_AT_HAND;
-  return padded * (PASS + tokens * 4);
+  return squares * PAIR * (panel_stride(j, t) + tokens * 4);
 }
 
 void multiply_amx(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {

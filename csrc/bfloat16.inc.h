@@ -3,10 +3,6 @@
 
 bool is_float8(const zp_format& f) { return f.kind == ZP_FLOAT8_E4M3FN || f.kind == ZP_FLOAT8_E5M2; }
 
-inline void put_pairs(uint16_t* out, F low, F high) {
-  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
 // 32 bfloat16 times a scale, rounded once.
 inline __m512i times(__m512i words, F scale) {
   __m256i halves[2] = {_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1)};
@@ -84,66 +80,105 @@ inline void grids(const zp_weight& w, int64_t row, int64_t first, int64_t count,
   }
 }
 
-inline __m128i load_part(const uint8_t* p, int64_t bytes) {  // at most 16
-  return bytes >= 16 ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi8((__mmask16)((1u << bytes) - 1), p);
+// 32 values at a time of what a group's codes stand for. Up to 32 of them are scaled and rounded once, and codes looked
+// up among them; of more bits, each code is.
+struct Nibbles {
+  const uint8_t* packed;
+  F levels;
+  inline INLINE __m512i table(F scale, F offset) const {
+    F values = mul(sub(levels, offset), scale);
+    return (__m512i)_mm512_cvtne2ps_pbh(values, values);  // twice, so that upper bits of an index do not matter
+  }
+  inline INLINE __m512i next(__m512i table, F, F) {
+    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
+    packed += 16;
+    return _mm512_permutexvar_epi16(_mm512_or_si512(both, _mm512_slli_epi32(both, 12)), table);
+  }
+};
+
+struct Narrow {  // 2, 3 and 5 bits
+  const uint8_t* codes;
+  F levels, upper;
+  inline INLINE __m512i table(F scale, F offset) const {
+    return (__m512i)_mm512_cvtne2ps_pbh(mul(sub(upper, offset), scale), mul(sub(levels, offset), scale));
+  }
+  inline INLINE __m512i next(__m512i table, F, F) {
+    __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+    codes += 32;
+    return _mm512_permutexvar_epi16(index, table);
+  }
+};
+
+struct Wide {  // 6, 7 and 8 bits
+  const uint8_t* codes;
+  inline INLINE __m512i table(F, F) const { return __m512i(); }
+  inline INLINE __m512i next(__m512i, F scale, F offset) {
+    F low = mul(sub(load_u8(codes), offset), scale), high = mul(sub(load_u8(codes + W), offset), scale);
+    codes += 32;
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  }
+};
+
+// left: vectors of the first group, of which some may have come before; of the others per_group.
+template <class Codes>
+inline INLINE void decode_groups(Codes codes, int64_t vectors, int64_t left, int64_t per_group, const float* scale,
+                                 const float* offset, uint16_t* out) {
+  for (; vectors > 0; left = per_group, scale++, offset++) {
+    F s = set1(*scale), o = set1(*offset);
+    __m512i table = codes.table(s, o);
+    int64_t some = left < vectors ? left : vectors;
+    vectors -= some;
+    do {
+      _mm512_storeu_si512(out, codes.next(table, s, o));
+      out += 32;
+    } while (--some);
+  }
 }
 
-// Integers and codebooks. Up to 32 values that a group's codes stand for are scaled and rounded once, and codes are
-// looked up among them.
+// Integers and codebooks.
 inline void decode_codes(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale,
                          const float* offset, uint16_t* out) {
   const zp_format& f = *w.format;
   alignas(64) float own[16];
   alignas(64) uint8_t codes[MOST + 64];
+  const uint8_t* p = w.packed + row * packed_row_bytes(f) + k0 * f.bits / 8;
+  int64_t vectors = (count + 31) / 32, left = (f.group_size - k0 % f.group_size + 31) / 32,
+          per_group = f.group_size / 32;
+  if (f.bits == 4 || f.bits == 8) {
+    if (count % 32) {  // whole vectors are read
+      __builtin_memcpy(codes, p, (count * f.bits + 7) / 8);
+      p = codes;
+    }
+  } else {
+    unpack(p, f.bits, count, codes);
+    p = codes;
+  }
   F levels = _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   if (f.kind == ZP_CODEBOOK) levels = load(levels_of(w, row, own));
-  const uint8_t* packed = w.packed + row * packed_row_bytes(f) + k0 * f.bits / 8;
-  const uint8_t* from = codes;
-  if (f.bits == 8 && count % 32 == 0) {
-    from = packed;
-  } else if (f.bits != 4) {
-    unpack(packed, f.bits, count, codes);
-  }
-  int64_t at = 0, end = (k0 / f.group_size + 1) * f.group_size - k0;
-  for (int64_t group = 0; at < count; group++, end += f.group_size) {
-    if (end > count) end = count;
-    F s = set1(scale[group]), o = set1(offset[group]);
-    if (f.bits <= 5) {  // up to 16 values twice: upper bits do not matter
-      F low = mul(sub(levels, o), s), high = low;
-      if (f.bits == 5) high = mul(sub(add(levels, set1(16)), o), s);
-      __m512i table = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-      for (; at < end; at += 32) {
-        __m512i index;
-        if (f.bits == 4) {
-          __m512i both = _mm512_cvtepu8_epi32(load_part(packed + at / 2, (count - at + 1) / 2));
-          index = _mm512_or_si512(both, _mm512_slli_epi32(both, 12));
-        } else {
-          index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + at)));
-        }
-        _mm512_storeu_si512(out + at, _mm512_permutexvar_epi16(index, table));
-      }
-    } else {
-      for (; at < end; at += 32) {
-        put_pairs(out + at, mul(sub(load_u8(from + at), o), s), mul(sub(load_u8(from + at + W), o), s));
-      }
-    }
+  if (f.bits == 4) {
+    decode_groups(Nibbles{p, levels}, vectors, left, per_group, scale, offset, out);
+  } else if (f.bits <= 5) {
+    F upper = f.bits == 5 ? add(levels, set1(16)) : levels;
+    decode_groups(Narrow{p, levels, upper}, vectors, left, per_group, scale, offset, out);
+  } else {
+    decode_groups(Wide{p}, vectors, left, per_group, scale, offset, out);
   }
 }
 
+// scale: null for 1.
 inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale,
                           uint16_t* out) {
   const zp_format& f = *w.format;
   const Float8Words decode(f);
   const uint8_t* packed = w.packed + row * f.k + k0;
-  bool is_one = scale[0] == 1 && f.group_size >= f.k;
+  uint64_t first = k0 % f.group_size, size = f.group_size;
   for (int64_t at = 0; at < count; at += 64) {
     __m512i words[2];
     decode(packed + at, count - at, words);
     unroll<2>([&](auto h) INLINE {
       int64_t k = at + 32 * h;
       if (k >= count) return;
-      int64_t group = (k0 + k) / f.group_size - k0 / f.group_size;
-      _mm512_storeu_si512(out + k, is_one ? words[h] : times(words[h], set1(scale[group])));
+      _mm512_storeu_si512(out + k, scale ? times(words[h], set1(scale[(first + k) / size])) : words[h]);
     });
   }
 }
@@ -153,8 +188,8 @@ inline bool scaled_by_row(const zp_format& f) {
   return f.kind != ZP_BFLOAT16 && f.kind != ZP_FLOAT16 && f.group_size >= f.k;
 }
 
-// Columns [k0, k1) of a row, at most MOST of them; k0 is a multiple of 32 and so are groups, but for the last of a row.
-// Zeros up to whole vectors of 32 columns. scaled: false leaves out the scale of a row that has only one.
+// Columns [k0, k1) of a row, at most MOST of them, and zeros up to whole vectors of 32. k0 is a multiple of 32 and so
+// are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one.
 inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out) {
   const zp_format& f = *w.format;
   int64_t count = k1 - k0;
@@ -173,10 +208,10 @@ inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t
   alignas(64) float scales[MOST / 32 + 2 * W], offsets[MOST / 32 + 2 * W];
   int64_t first_group = k0 / f.group_size;
   grids(w, row, first_group, (k1 - 1) / f.group_size - first_group + 1, scales, offsets);
-  if (!scaled) scales[0] = 1;
   if (is_float8(f)) {
-    decode_float8(w, row, k0, count, scales, out);
+    decode_float8(w, row, k0, count, scaled ? scales : nullptr, out);
   } else {
+    if (!scaled) scales[0] = 1;
     decode_codes(w, row, k0, count, scales, offsets, out);
     for (int64_t i = count; i % 32; i++) out[i] = 0;
   }
