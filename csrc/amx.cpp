@@ -28,12 +28,14 @@ Tiles of_many(const Job& j) {
   return j.x_dtype == ZP_BF16 ? Tiles::bfloat16 : Tiles::none;
 }
 
-// Few tokens of integers are multiplied with 16 bits each, and one token of the others in float32.
+// Few tokens of integers and codebooks are multiplied with 15 or 16 bits each, one or two of float8 in float32.
 bool tile_amx(const Job& j) {
   Tiles t = of_many(j);
   if (t == Tiles::none) return tile512(j);
-  if (t == Tiles::bytes || is_integer(j)) return j.m >= 5;
-  return j.m >= 2 || j.format->kind == ZP_BFLOAT16;
+  const zp_format& f = *j.format;
+  if (f.kind == ZP_BFLOAT16) return true;
+  if (is_float8(f)) return j.m >= (scaled_by_row(f) ? 2 : 3);
+  return j.m >= 5;
 }
 
 Tiles tiles(const Job& j) { return j.tiled ? of_many(j) : Tiles::none; }

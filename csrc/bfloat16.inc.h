@@ -13,6 +13,14 @@ inline __m512i times(__m512i words, F scale) {
   return (__m512i)_mm512_cvtne2ps_pbh(product[1], product[0]);
 }
 
+// The same with a power of two between 2^-117 and 2^119, which float8 values take without rounding: exponents are
+// added, but for those of 0, Inf and NaN.
+inline __m512i times_power(__m512i words, int exponent) {
+  __m512i magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7fff)), one = _mm512_set1_epi16(1);
+  __mmask32 numbers = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(magnitude, one), _mm512_set1_epi16(0x7f7f));
+  return _mm512_mask_add_epi16(words, numbers, words, _mm512_set1_epi16((short)(exponent * 128)));
+}
+
 // The 128 magnitudes of a float8, exactly, as the upper and the lower bytes of bfloat16.
 struct Float8Table {
   alignas(64) uint8_t upper[128];
@@ -165,20 +173,29 @@ inline void decode_codes(const zp_weight& w, int64_t row, int64_t k0, int64_t co
   }
 }
 
-// scale: null for 1.
-inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale,
+// scaled: false for a row whose one scale is left out.
+inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale, bool scaled,
                           uint16_t* out) {
   const zp_format& f = *w.format;
   const Float8Words decode(f);
   const uint8_t* packed = w.packed + row * f.k + k0;
-  uint64_t first = k0 % f.group_size, size = f.group_size;
+  int64_t left = f.group_size - k0 % f.group_size;
   for (int64_t at = 0; at < count; at += 64) {
     __m512i words[2];
     decode(packed + at, count - at, words);
     unroll<2>([&](auto h) INLINE {
       int64_t k = at + 32 * h;
       if (k >= count) return;
-      _mm512_storeu_si512(out + k, scale ? times(words[h], set1(scale[(first + k) / size])) : words[h]);
+      if (scaled) {
+        float s = *scale;
+        uint32_t bits;
+        __builtin_memcpy(&bits, &s, 4);
+        int exponent = (int)(bits >> 23) - 127;
+        bool power = f.scale_dtype == ZP_E8M0 && exponent >= -117 && exponent <= 119;
+        words[h] = power ? times_power(words[h], exponent) : times(words[h], set1(s));
+        if ((left -= 32) <= 0) left = f.group_size, scale++;
+      }
+      _mm512_storeu_si512(out + k, words[h]);
     });
   }
 }
@@ -209,7 +226,7 @@ inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t
   int64_t first_group = k0 / f.group_size;
   grids(w, row, first_group, (k1 - 1) / f.group_size - first_group + 1, scales, offsets);
   if (is_float8(f)) {
-    decode_float8(w, row, k0, count, scaled ? scales : nullptr, out);
+    decode_float8(w, row, k0, count, scales, scaled, out);
   } else {
     if (!scaled) scales[0] = 1;
     decode_codes(w, row, k0, count, scales, offsets, out);

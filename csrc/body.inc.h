@@ -459,7 +459,47 @@ static void prepare_float(const Job& j, int64_t m) {
   read_token(j, m, float_stride(j), (float*)j.prepared + m * float_stride(j));
 }
 
+// Rows of float16 or bfloat16 are used as they are read.
+template <int32_t DTYPE, int MR>
+static void dot_downcast(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
+  constexpr int64_t STEP = 2 * W;
+  int64_t k = j.format->k, whole = k / STEP * STEP;
+  const float* x = (const float*)j.prepared + m0 * float_stride(j);
+  for (int64_t n = n0; n < n1; n++) {
+    const uint16_t* row = (const uint16_t*)(j.packed + n * j.row_bytes);
+    F total[MR][2];
+    unroll<MR>([&](auto r) INLINE { total[r][0] = total[r][1] = zero(); });
+    auto multiply = [&](const uint16_t* p, int64_t i) INLINE {
+      unroll<2>([&](auto u) INLINE {
+        F weight = DTYPE == ZP_F16 ? load_f16(p + u * W) : load_bf16(p + u * W);
+        unroll<MR>([&](auto r)
+                       INLINE { total[r][u] = fma(weight, load(x + r * float_stride(j) + i + u * W), total[r][u]); });
+      });
+    };
+    for (int64_t i = 0; i < whole; i += STEP) {
+      __builtin_prefetch((const uint8_t*)(row + i) + AHEAD);
+      multiply(row + i, i);
+    }
+    if (whole < k) {
+      uint16_t rest[STEP] = {};
+      __builtin_memcpy(rest, row + whole, (k - whole) * 2);
+      multiply(rest, whole);
+    }
+    unroll<MR>([&](auto r) INLINE { put(j, m0 + r, n, sum(add(total[r][0], total[r][1]))); });
+  }
+}
+
+template <int32_t DTYPE>
+static void dot_downcast_rows(const Job& j, int64_t n0, int64_t n1) {
+  int64_t m = 0;
+  for (; m + 4 <= j.m; m += 4) dot_downcast<DTYPE, 4>(j, m, n0, n1);
+  if (m + 2 <= j.m) dot_downcast<DTYPE, 2>(j, m, n0, n1), m += 2;
+  if (m < j.m) dot_downcast<DTYPE, 1>(j, m, n0, n1);
+}
+
 static void dot_float_rows(const Job& j, int64_t n0, int64_t n1, float* row) {
+  if (j.format->kind == ZP_FLOAT16) return dot_downcast_rows<ZP_F16>(j, n0, n1);
+  if (j.format->kind == ZP_BFLOAT16) return dot_downcast_rows<ZP_BF16>(j, n0, n1);
   const zp_weight w = weight_of(j);
   int64_t k = j.format->k, padded = round_up(k, 4 * W);
   for (int64_t i = k; i < padded; i++) row[i] = 0;
