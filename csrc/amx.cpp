@@ -68,27 +68,20 @@ uint8_t* arranged(const Job& j, Tiles t, int64_t unit, int64_t step) {
 
 float* byte_scales(const Job& j) { return (float*)(j.prepared + units(j) * steps(j, Tiles::bytes) * 2 * TILE_BYTES); }
 
-// 16 tokens' words of a step -> a tile.
-void put_tile(const F* words, uint8_t* tile) {
-  F square[SIDE];
-  unroll<SIDE>([&](auto i) INLINE { square[i] = words[i]; });
-  transpose(square);
-  unroll<SIDE>([&](auto i) INLINE { store((float*)tile + i * SIDE, square[i]); });
-}
-
 void prepare_bfloat16(const Job& j, int64_t unit) {
   int64_t k = j.format->k, count = steps(j, Tiles::bfloat16);
   for (int64_t s = 0; s < count; s++) {
     __mmask32 columns = k - 32 * s >= 32 ? ~0u : (1u << (k - 32 * s)) - 1;
-    uint8_t* out = arranged(j, Tiles::bfloat16, unit, s);
+    float* out = (float*)arranged(j, Tiles::bfloat16, unit, s);
     for (int64_t half = 0; half < 2; half++) {
       F words[SIDE];
-      for (int64_t t = 0; t < SIDE; t++) {
+      unroll<SIDE>([&](auto t) INLINE {
         int64_t m = unit * PAIR + half * SIDE + t;
         const uint16_t* x = (const uint16_t*)x_row(j, m < j.m ? m : 0) + 32 * s;
         words[t] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m < j.m ? columns : 0, x));
-      }
-      put_tile(words, out + half * TILE_BYTES);
+      });
+      transpose(words);
+      unroll<SIDE>([&](auto w) INLINE { store(out + (half * SIDE + w) * SIDE, words[w]); });
     }
   }
 }
@@ -99,24 +92,19 @@ void prepare_bytes(const Job& j, int64_t unit) {
   float* x_sum = x_scale + units(j) * PAIR;
   float* x = (float*)__builtin_alloca(padded * 4);
   int16_t* q = (int16_t*)__builtin_alloca(padded * 2);
-  uint8_t* bytes = (uint8_t*)__builtin_alloca(SIDE * padded);
-  for (int64_t half = 0; half < 2; half++) {
-    for (int64_t t = 0; t < SIDE; t++) {
-      int64_t m = unit * PAIR + half * SIDE + t;
-      x_scale[m] = x_sum[m] = 0;
-      if (m < j.m) {
-        quantize_token(j, m, x, q, x_scale + m, x_sum + m);
-      } else {
-        __builtin_memset(q, 0, padded * 2);
-      }
-      for (int64_t i = 0; i < padded; i += 32) {
-        _mm256_storeu_si256((__m256i*)(bytes + t * padded + i), _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + i)));
-      }
-    }
+  for (int64_t t = 0; t < PAIR; t++) {
+    int64_t m = unit * PAIR + t;
+    x_scale[m] = x_sum[m] = 0;
+    __builtin_memset(q, 0, padded * 2);
+    if (m < j.m) quantize_token(j, m, x, q, x_scale + m, x_sum + m);
     for (int64_t s = 0; s < count; s++) {
-      F words[SIDE];
-      unroll<SIDE>([&](auto t) INLINE { words[t] = load((const float*)(bytes + t * padded + 64 * s)); });
-      put_tile(words, arranged(j, Tiles::bytes, unit, s) + half * TILE_BYTES);
+      uint32_t* out = (uint32_t*)arranged(j, Tiles::bytes, unit, s) + t / SIDE * SIDE * SIDE + t % SIDE;
+      alignas(64) uint32_t words[SIDE];
+      for (int64_t i = 0; i < 2; i++) {
+        __m256i part = _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + 64 * s + 32 * i));
+        _mm256_store_si256((__m256i*)words + i, part);
+      }
+      for (int64_t w = 0; w < SIDE; w++) out[w * SIDE] = words[w];
     }
   }
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import lru_cache
+from itertools import product
 
 import pytest
 import torch
@@ -146,6 +147,50 @@ def test_every_format_shape_and_batch_matches_the_oracle(name, symmetric, activa
             assert_linear(in_batches(weight, x, bias), x, weight, bias, "native")
 
 
+# Beyond what fits in a cache or in registers at once: columns of a pass (AMX: 4096 for few tokens,
+# 768 or 1536 for many), rows of a panel (256), tokens kept with it (512).
+DEEP = ((40, 4416, 5), (35, 8256, 40), (33, 1632, 70), (289, 832, 530))  # (N, K, tokens)
+
+
+@every_isa
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        scheme_of("int4", False, "group", 32),
+        scheme_of("int5", True, "group", 96),
+        scheme_of("int6", False, "group", 32),
+        scheme_of("int8", False),
+        scheme_of("int8", activations="int8"),
+        scheme_of("int4", activations="int8"),
+        scheme_of("nf4", granularity="group", group_size=32),
+        scheme_of("float8_e5m2"),
+        scheme_of("mxfp8_e4m3", granularity="group", group_size=32, scale_dtype="float8_e8m0fnu"),
+        scheme_of("bfloat16"),
+        scheme_of("float16"),
+    ],
+    ids=str,
+)
+def test_jobs_of_several_passes_match_the_oracle(scheme, isa):
+    for n, k, m in DEEP:
+        if scheme.group_size is None or k % scheme.group_size == 0:
+            weight, x = weight_of(scheme, n, k), tokens(m, k, torch.bfloat16)
+            assert_linear(kernel.linear(x, weight, None), x, weight, None, "native")
+
+
+@every_isa
+@pytest.mark.parametrize("exponent", [-127, -118, -117, -40, 100])
+def test_mx_scales_at_the_ends_of_their_range_match_the_oracle(exponent, isa):
+    scheme = scheme_of(
+        "mxfp8_e5m2", granularity="group", group_size=32, scale_dtype="float8_e8m0fnu"
+    )
+    weight = weight_of(scheme, 5, 96)
+    scale = torch.full_like(weight.scale, exponent + 127, dtype=torch.uint8)
+    weight = dataclasses.replace(weight, scale=scale.view(torch.float8_e8m0fnu))
+    for m in (1, 4, 17, 33):
+        x = (noise(m, 96) * 2.0 ** (-exponent // 2)).bfloat16()
+        assert_linear(kernel.linear(x, weight, None), x, weight, None, "native")
+
+
 @every_isa
 @pytest.mark.parametrize("name", [f.name for f in INTEGERS])
 def test_float_zero_points_of_every_shape_and_batch_match_the_oracle(name, isa):
@@ -211,15 +256,15 @@ def usable():
 def test_a_token_that_is_not_finite_gives_no_finite_output_and_leaves_the_others(name, isa):
     for k, columns in ((96, (0, 40, 95)), (577, (0, 300, 576))):
         weight = weight_of(scheme_of(name), 5, k)
-        for m in (1, 2, 5, 33):
+        for m, dtype in product((1, 2, 5, 33), (torch.float32, torch.bfloat16)):
             for i, column in enumerate(columns):
                 at = (3 * i) % m
-                clean = noise(m, k)
+                clean = noise(m, k).to(dtype)
                 clean[at] = 0
                 expected = kernel.linear(clean, weight, None)
                 for value in (torch.nan, torch.inf, -torch.inf):
                     x = clean.clone()
-                    x[at] = noise(k, seed=2)
+                    x[at] = noise(k, seed=2).to(dtype)
                     x[at, column] = value
                     y = kernel.linear(x, weight, None)
                     assert not y[at].isfinite().any()
@@ -263,8 +308,8 @@ def test_a_float8_code_that_is_nan_makes_its_row_nan(name, isa):
             packed = weight.packed.clone()
             packed[2 * 100 + column] = code
             wrong = dataclasses.replace(weight, packed=packed)
-            for m in (1, 3, 20):
-                y = kernel.linear(noise(m, 100), wrong, None)
+            for m, dtype in product((1, 3, 20), DTYPES):
+                y = kernel.linear(noise(m, 100).to(dtype), wrong, None)
                 assert y[:, 2].isnan().all() and y[:, [0, 1, 3, 4]].isfinite().all()
             rows = kernel.embedding(torch.tensor([2, 3]), wrong, torch.bfloat16)
             assert rows.isnan().nonzero().tolist() == [[0, column]]
