@@ -109,8 +109,8 @@ void prepare_bytes(const Job& j, int64_t unit) {
   }
 }
 
-// sums = or += rows * x; MANY: more than 16 tokens. Of `next`, `lines` of 64 bytes are fetched in each step, and the
-// sums behind these.
+// sums (32 rows, 32 tokens) = or += rows (32, 64 bytes a step) * x; MANY: more than 16 tokens. Of `next`, `lines` of 64
+// bytes are fetched in each step, and the sums behind these.
 template <Tiles KIND, bool MANY>
 __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t* x, int64_t count,
                                               bool first, float* sums, const uint8_t* next, int64_t lines) {
@@ -207,6 +207,7 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
     int64_t k1 = f.k < k0 + part * columns_of(KIND) ? f.k : k0 + part * columns_of(KIND);
     for (int64_t r = 0; !lie && r < rows; r++) {
       const uint8_t* packed = j.packed + (n0 + r) * j.row_bytes;
+      // What is unpacked soon: further on where rows are read to their ends, else the next pass, else the next panel.
       const uint8_t* ahead = pass == count       ? packed + AHEAD
                              : s0 + part < count ? packed + k1 * f.bits / 8
                                                  : packed + rows * j.row_bytes;
