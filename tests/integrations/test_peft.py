@@ -220,8 +220,8 @@ def test_several_adapters():
     inputs = example_inputs(model)
     with torch.no_grad():
         mixed = wrapped(**inputs, adapter_names=["second", "__base__"]).logits
-    # The adapters of a part of a batch add up in another order, and a difference of one rounding can
-    # move an activation by a step of 16 bits, 3e-5 of the largest beside it.
+    # The adapter of a part of a batch adds up in another order, and a difference of one rounding
+    # can move an activation by a step of 16 bits, 3e-5 of the largest beside it.
     assert torch.allclose(mixed[0], second[0], atol=2e-4)
     assert torch.allclose(mixed[1], base[1], atol=1e-5)
     wrapped.delete_adapter("second")
