@@ -46,17 +46,19 @@ int64_t steps(const Job& j, Tiles t) { return (j.format->k + columns_of(t) - 1) 
 
 int64_t units(const Job& j) { return (j.m + PAIR - 1) / PAIR; }
 
-// Steps of a pass. Few tokens: rows are read from end to end and sums stay in registers; many: a panel of many rows and
-// a stretch of all tokens stay in cache.
+// Few tokens: rows are read from end to end and sums stay in registers; many: a panel of many rows and a stretch of all
+// tokens stay in cache.
+bool has_few_tokens(const Job& j) { return units(j) <= 2; }
+
 int64_t pass_steps(const Job& j, Tiles t) {
-  int64_t most = units(j) <= 2 ? 128 : 24, count = steps(j, t);
+  int64_t most = has_few_tokens(j) ? 128 : 24, count = steps(j, t);
   return count < most ? count : most;
 }
 
 // Of a row of a panel: an odd number of lines, which spreads rows over the cache.
 int64_t panel_stride(const Job& j, Tiles t) { return (pass_steps(j, t) / 2 * 2 + 1) * 64; }
 
-int64_t panel_rows(const Job& j) { return units(j) <= 2 ? PAIR : ROWS; }
+int64_t panel_rows(const Job& j) { return has_few_tokens(j) ? PAIR : ROWS; }
 
 // prepared: [pass][unit of 32 tokens][step][2 tiles][16 words of K][16 tokens] words; then for bytes [m] x_scale and
 // [m] x_sum.
@@ -201,7 +203,7 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
   int64_t count = steps(j, KIND), pass = pass_steps(j, KIND), rows = n1 - n0, squares = (rows + PAIR - 1) / PAIR;
   int64_t stride = panel_stride(j, KIND), row_bytes = lie ? j.row_bytes : stride;
   float* sums = (float*)(scratch + squares * PAIR * stride);
-  int64_t lines = u1 - u0 > 2 ? 2 * TILE_BYTES / 64 / squares : 0;  // of the next unit, fetched in a step
+  int64_t lines = has_few_tokens(j) ? 0 : 2 * TILE_BYTES / 64 / squares;  // of the next unit, fetched in a step
   for (int64_t s0 = 0; s0 < count; s0 += pass) {
     int64_t part = count - s0 < pass ? count - s0 : pass, k0 = s0 * columns_of(KIND);
     int64_t k1 = f.k < k0 + part * columns_of(KIND) ? f.k : k0 + part * columns_of(KIND);

@@ -27,7 +27,7 @@ struct Pairs {
 static_assert(DEPTH * Pairs::COLUMNS <= MOST, "decoded in one call");
 
 // A few tokens of float8 with one scale a row: bfloat16 holds the values exactly, and the sum takes the scale.
-bool used_at_once(const Job& j) { return j.m < 12 && is_float8(*j.format) && j.format->group_size >= j.format->k; }
+bool used_at_once(const Job& j) { return j.m < 12 && is_float8(*j.format) && scaled_by_row(*j.format); }
 
 bool in_pairs(const Job& j) {
   if (j.x_dtype != ZP_BF16 || j.int8_activations) return false;

@@ -1,8 +1,6 @@
 // Rows of any format as bfloat16, for AVX512 with BF16 and VBMI. Included by avx512_bf16.cpp and amx.cpp after
 // avx512.inc.h.
 
-bool is_float8(const zp_format& f) { return f.kind == ZP_FLOAT8_E4M3FN || f.kind == ZP_FLOAT8_E5M2; }
-
 // 32 bfloat16 times a scale, rounded once.
 inline __m512i times(__m512i words, F scale) {
   __m256i halves[2] = {_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1)};

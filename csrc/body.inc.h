@@ -139,6 +139,8 @@ static inline float offset_of(const zp_weight& w, int64_t row, int64_t group) {
 
 static inline bool is_integer(const Job& j) { return j.format->kind == ZP_INTEGER; }
 
+static inline bool is_float8(const zp_format& f) { return f.kind == ZP_FLOAT8_E4M3FN || f.kind == ZP_FLOAT8_E5M2; }
+
 static inline zp_weight weight_of(const Job& j) { return {j.format, j.packed, j.scale, j.zero_point, j.levels}; }
 
 // The 16 levels of a row, in `own` where the row has some of its own.
@@ -170,8 +172,8 @@ static inline void decode_columns(const zp_weight& w, int64_t row, int64_t k0, i
   for (int64_t k = k0; k < k1; k += STEP) {
     int64_t count = k1 - k < STEP ? k1 - k : STEP;
     const uint8_t* c = p + k * f.bits / 8;
-    bool is_e4m3 = f.kind == ZP_FLOAT8_E4M3FN, is_float8 = is_e4m3 || f.kind == ZP_FLOAT8_E5M2;
-    if (!is_float8) unpack(c, f.bits, count, codes);
+    bool is_e4m3 = f.kind == ZP_FLOAT8_E4M3FN;
+    if (!is_float8(f)) unpack(c, f.bits, count, codes);
     int64_t group = k / f.group_size;
     for (int64_t i = 0; i < count; group++) {
       int64_t end = (group + 1) * f.group_size - k;
@@ -601,17 +603,9 @@ static void put_transposed(const Job& j, const float* sums, int64_t stride, int6
       for (int64_t t = 0; t < W && m + t < tokens; t++) {
         F y = add(square[t], load(bias));
         uint8_t* to = (uint8_t*)j.y + ((m0 + m + t) * j.format->n + n0 + r) * size;
-        if (count < W) {
-          float line[W];
-          store(line, y);
-          from_f32(line, j.x_dtype, count, to);
-        } else if (j.x_dtype == ZP_F32) {
-          store((float*)to, y);
-        } else if (j.x_dtype == ZP_F16) {
-          store_f16((uint16_t*)to, y);
-        } else {
-          store_bf16((uint16_t*)to, y);
-        }
+        float line[W];
+        store(line, y);
+        from_f32(line, j.x_dtype, count, to);
       }
     }
   }

@@ -5,9 +5,7 @@
 //   shifted<LEFT, RIGHT> words moved LEFT, then RIGHT with their sign, and masked, as floats
 //   Largest              see(words); reaches(magnitude): whether a byte did, but for its sign
 
-static bool is_few_float8(const Job& j) {
-  return !j.tiled && (j.format->kind == ZP_FLOAT8_E4M3FN || j.format->kind == ZP_FLOAT8_E5M2);
-}
+static bool is_few_float8(const Job& j) { return !j.tiled && is_float8(*j.format); }
 
 // As a float32, a code of float8 is 2^(bias - 127) of what it stands for, subnormals included.
 template <int MANTISSA>
