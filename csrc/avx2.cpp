@@ -28,11 +28,27 @@ inline F abs_max(F a, F b) {  // a NaN in b stays, and one in a: max returns its
 }
 inline F min(F a, F b) { return _mm256_min_ps(a, b); }
 inline F max(F a, F b) { return _mm256_max_ps(a, b); }
-inline F one_where_above(F a, F b) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_set1_ps(1)); }
 inline void store_u8(uint8_t* p, F v) {
   __m256i wide = _mm256_cvtps_epi32(v);
   __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(half, half));
+}
+inline void store_nearest16(uint8_t* p, F v, const float* midpoint, const uint8_t* code) {
+  auto twice_and = [](__m256i below, F bit) INLINE {  // bit: -1 where set
+    return _mm256_sub_epi32(_mm256_add_epi32(below, below), _mm256_castps_si256(bit));
+  };
+  auto above = [&](F middle) INLINE { return _mm256_cmp_ps(v, middle, _CMP_GT_OQ); };
+  const float* m = midpoint;
+  F first = above(set1(m[7]));
+  F second = above(_mm256_blendv_ps(set1(m[3]), set1(m[11]), first));
+  __m256i below = twice_and(twice_and(_mm256_setzero_si256(), first), second);
+  F middle = _mm256_permutevar8x32_ps(_mm256_setr_ps(m[1], m[5], m[9], m[13], 0, 0, 0, 0), below);
+  below = twice_and(below, above(middle));
+  F even = _mm256_setr_ps(m[0], m[2], m[4], m[6], m[8], m[10], m[12], m[14]);
+  below = twice_and(below, above(_mm256_permutevar8x32_ps(even, below)));
+  __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(below), _mm256_extracti128_si256(below, 1));
+  __m128i codes = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)code), _mm_packus_epi16(half, half));
+  _mm_storel_epi64((__m128i*)p, codes);
 }
 inline F round_even(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline float sum(F a) {

@@ -23,10 +23,17 @@ inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline float smallest(F a) { return _mm512_reduce_min_ps(a); }
 inline float highest(F a) { return _mm512_reduce_max_ps(a); }
-inline F one_where_above(F a, F b) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), _mm512_set1_ps(1));
-}
 inline void store_u8(uint8_t* p, F v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))); }
+inline void store_nearest16(uint8_t* p, F v, const float* midpoint, const uint8_t* code) {
+  __m512i below = _mm512_setzero_si512();
+  unroll<4>([&](auto step) INLINE {  // the midpoints that `below` may still grow to: every 8th, 4th, 2nd, each
+    constexpr int half = 8 >> step;
+    F middle = _mm512_permutexvar_ps(below, _mm512_maskz_loadu_ps(0xffff >> (half - 1), midpoint + half - 1));
+    below = _mm512_mask_add_epi32(below, _mm512_cmp_ps_mask(v, middle, _CMP_GT_OQ), below, _mm512_set1_epi32(half));
+  });
+  __m128i codes = _mm_loadu_si128((const __m128i*)code);
+  _mm_storeu_si128((__m128i*)p, _mm_shuffle_epi8(codes, _mm512_cvtepi32_epi8(below)));
+}
 inline F round_even(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline __m128 quarter(F a) {  // sums of the lanes that are equal modulo 4
   __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));

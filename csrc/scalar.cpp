@@ -40,8 +40,12 @@ inline F min(F a, F b) { return b < a ? b : a; }
 inline F max(F a, F b) { return b > a ? b : a; }
 inline float smallest(F a) { return a; }
 inline float highest(F a) { return a; }
-inline F one_where_above(F a, F b) { return a > b ? 1.0f : 0.0f; }
 inline void store_u8(uint8_t* p, F v) { *p = (uint8_t)v; }
+inline void store_nearest16(uint8_t* p, F v, const float* midpoint, const uint8_t* code) {
+  int below = 0;
+  for (int i = 0; i < 15; i++) below += v > midpoint[i];
+  *p = code[below];
+}
 inline F round_even(F a) { return __builtin_rintf(a); }
 inline float sum(F a) { return a; }
 inline void transpose(F*) {}

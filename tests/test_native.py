@@ -330,6 +330,21 @@ def test_scales_zero_points_and_codes_are_those_of_torch(name, symmetric, isa):
 
 @needs_library
 @every_isa
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quotients_beside_a_tie_are_rounded_as_division_rounds_them(bits, symmetric, isa):
+    scheme = scheme_of(f"int{bits}", symmetric, None, "float32")
+    weight = noise(256, 1024) * 10.0 ** torch.linspace(-30, 30, 256)[:, None]  # and scales
+    weight[:, :2] = weight.abs().amax(1, keepdim=True) * torch.tensor([-1.0, 1.0])
+    scale = by_torch(weight, scheme).parts["_scale"].reshape(-1, 1)
+    ties = (torch.arange(1022) % (2**bits - 2) - 2 ** (bits - 1) + 1.5) * scale
+    steps = (torch.arange(1022) * 7 // 13 % 9 - 4).to(torch.int32)  # neighbours of the tie
+    weight[:, 2:] = (ties.view(torch.int32) + steps).view(torch.float32)
+    assert_same(native.quantize(weight, scheme), by_torch(weight, scheme))
+
+
+@needs_library
+@every_isa
 def test_any_layout_of_a_weight_gives_the_same_codes(isa):
     scheme = scheme_of("int4", False, 32, "float16")
     weight = noise(9, 96)
