@@ -56,7 +56,7 @@ inline float sum(F a) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-inline void sum4(F a, F b, F c, F d, float* out) {
+inline INLINE void sum4(F a, F b, F c, F d, float* out) {
   auto half = [](F v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
   __m128 x = half(a), y = half(b), z = half(c), w = half(d);
   __m128 xy = _mm_add_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y));

@@ -44,7 +44,7 @@ inline float sum(F a) {
   v = _mm_add_ps(v, _mm_movehl_ps(v, v));
   return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
 }
-inline void sum4(F a, F b, F c, F d, float* out) {
+inline INLINE void sum4(F a, F b, F c, F d, float* out) {
   __m128 x = quarter(a), y = quarter(b), z = quarter(c), w = quarter(d);
   __m128 xy = _mm_add_ps(_mm_unpacklo_ps(x, y), _mm_unpackhi_ps(x, y));
   __m128 zw = _mm_add_ps(_mm_unpacklo_ps(z, w), _mm_unpackhi_ps(z, w));

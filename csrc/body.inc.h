@@ -309,15 +309,50 @@ static void prepare_dot(const Job& j, int64_t m) {
 // y: outputs of a token from n on.
 static inline void put(const Job& j, int64_t m, int64_t n, float* y, int64_t count) {
   for (int64_t i = 0; j.bias && i < count; i++) y[i] += read_float(j.bias, n + i, j.bias_dtype);
-  int64_t at = m * j.format->n + n;
-  if (j.x_dtype == ZP_F32) {
-    for (int64_t i = 0; i < count; i++) ((float*)j.y)[at + i] = y[i];
-  } else {
-    from_f32(y, j.x_dtype, count, (uint16_t*)j.y + at);
-  }
+  from_f32(y, j.x_dtype, count, (uint8_t*)j.y + (m * j.format->n + n) * (j.x_dtype == ZP_F32 ? 4 : 2));
 }
 
 static inline void put(const Job& j, int64_t m, int64_t n, float value) { put(j, m, n, &value, 1); }
+
+// Sums of a token's products with the codes of rows of one scale each -> outputs, token_sum being the sum of the token.
+static inline void scale_rows(const Job& j, int64_t n, int64_t count, float token_sum, float* y) {
+  const zp_weight w = weight_of(j);
+  float scale[W] = {}, offset[W] = {};
+  for (int64_t i = 0; i < count; i += W) {
+    for (int64_t l = 0; l < W && i + l < count; l++) {
+      scale[l] = scale_of(w, n + i + l, 0), offset[l] = offset_of(w, n + i + l, 0);
+    }
+    store(y + i, mul(load(scale), sub(load(y + i), mul(load(offset), set1(token_sum)))));
+  }
+}
+
+// Outputs of MR tokens from row to row, kept until there is a line of them to convert and write.
+template <int MR>
+struct Outputs {
+  static constexpr int64_t SIZE = 64;
+  const Job& j;
+  int64_t m, n, count = 0;
+  bool scaled = true;  // else they are sums of products with codes, and
+  float token_sum[MR] = {};
+  alignas(64) float y[MR][SIZE];
+
+  Outputs(const Job& job, int64_t m0, int64_t n0) : j(job), m(m0), n(n0) {}
+  Outputs(const Outputs&) = delete;
+  ~Outputs() { flush(); }
+
+  inline float* of(int r) { return y[r] + count; }  // where the next rows' go
+  inline INLINE void add(int64_t rows) {            // which do not cross a multiple of SIZE
+    count += rows;
+    if (count == SIZE) flush();
+  }
+  void flush() {
+    for (int r = 0; r < MR; r++) {
+      if (!scaled) scale_rows(j, n, count, token_sum[r], y[r]);
+      put(j, m + r, n, y[r], count);
+    }
+    n += count, count = 0;
+  }
+};
 
 // Scales and zero points of the blocks of a row from b on: W of them, 0 past the last.
 struct Blocks {
@@ -370,12 +405,13 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
   int64_t stride = round_up(j.blocks, W) + PAD;
   Token t[MR];
   const float* factor[MR];
-  float token_sum[MR] = {};
+  Outputs<MR> outputs(j, m0, n0);
   for (int r = 0; r < MR; r++) {
     t[r] = token<Source>(j, m0 + r);
     factor[r] = by_row ? t[r].scale : scratch + r * stride;
-    for (int64_t b = 0; by_row && b < j.blocks; b++) token_sum[r] += t[r].sum[b];
+    for (int64_t b = 0; by_row && b < j.blocks; b++) outputs.token_sum[r] += t[r].sum[b];
   }
+  outputs.scaled = !by_row;
   const F half = set1(Source::HALF);
   const Blocks blocks(j);
   const typename Source::Lanes lanes(j.block);
@@ -414,17 +450,14 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
       });
     }
     for (int r = 0; r < MR; r++) {
-      float y[TOGETHER];
+      float* y = outputs.of(r);
       if (rows == TOGETHER) {
         sum4(load(totals[r][0]), load(totals[r][1]), load(totals[r][2]), load(totals[r][3]), y);
       } else {
         for (int64_t i = 0; i < rows; i++) y[i] = sum(load(totals[r][i]));
       }
-      for (int64_t i = 0; by_row && i < rows; i++) {
-        y[i] = scale_of(w, n + i, 0) * (y[i] - offset_of(w, n + i, 0) * token_sum[r]);
-      }
-      put(j, m0 + r, n, y, rows);
     }
+    outputs.add(rows);
     n += rows;
   }
 }
@@ -468,6 +501,7 @@ static void dot_downcast(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   constexpr int64_t STEP = 2 * W;
   int64_t k = j.format->k, whole = k / STEP * STEP;
   const float* x = (const float*)j.prepared + m0 * float_stride(j);
+  Outputs<MR> outputs(j, m0, n0);
   for (int64_t n = n0; n < n1; n++) {
     const uint16_t* row = (const uint16_t*)(j.packed + n * j.row_bytes);
     F total[MR][2];
@@ -488,7 +522,8 @@ static void dot_downcast(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
       __builtin_memcpy(rest, row + whole, (k - whole) * 2);
       multiply(rest, whole);
     }
-    unroll<MR>([&](auto r) INLINE { put(j, m0 + r, n, sum(add(total[r][0], total[r][1]))); });
+    unroll<MR>([&](auto r) INLINE { *outputs.of(r) = sum(add(total[r][0], total[r][1])); });
+    outputs.add(1);
   }
 }
 

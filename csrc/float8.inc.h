@@ -88,6 +88,7 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* 
   const int64_t stride = float8_stride(j), padded = round_up(f.k, 128), whole = f.k / CHUNK;
   const int64_t span = EACH ? 1 : by_row ? whole : j.block / CHUNK;  // chunks that share their factors
   const float* x = (const float*)j.prepared + m0 * stride;
+  Outputs<MR> outputs(j, m0, n0);
   for (int64_t n = n0; n < n1; n++) {
     const uint8_t* p = j.packed + n * f.k;
     for (int64_t b = 0; !by_row && b < j.blocks; b += W) store(scale + b, blocks.scales(n, b));
@@ -125,8 +126,9 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* 
     unroll<MR>([&](auto r) INLINE {
       const float* token = x + r * stride;
       float y = seen.reaches(Format::SPECIAL) ? dot_special<MANTISSA>(j, n, token) : sum(total[r]) * last;
-      put(j, m0 + r, n, y * token[padded]);
+      *outputs.of(r) = y * token[padded];
     });
+    outputs.add(1);
   }
 }
 

@@ -110,16 +110,36 @@ Pool* pool = nullptr;
 // --- OpenMP's threads, where the process has some (torch's): found, never linked ---
 //
 // Between torch's operators they spin on the cores that the pool's workers need. Its regions end with a barrier,
-// though: where a thread comes late after the last chunk was done, for a quarter of the region or more, the machine is
-// busy or the threads were asleep, and the next jobs are the pool's.
+// though: where a thread comes late after the last chunk was done, for a quarter of the region or more, the machine may
+// be busy or the threads were asleep, and the next jobs are the pool's: a few at first, more where that happens again
+// before as many came in time.
 
 using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Region gomp_parallel = nullptr;
 
 struct Patience {
-  int64_t late;   // nanoseconds
-  int32_t avoid;  // so many jobs
-  std::atomic<int32_t> left{0};
+  static constexpr int32_t FEWEST = 16, GROWTH = 4;
+  const int64_t late;  // nanoseconds
+  const int32_t most;  // jobs in a row
+  std::atomic<int32_t> avoid{FEWEST}, left{0}, in_time{0};
+
+  bool has_ended() {
+    int32_t jobs = left.load(std::memory_order_relaxed);
+    if (jobs > 0) left.store(jobs - 1, std::memory_order_relaxed);
+    return jobs <= 0;
+  }
+  void came_late() {
+    int32_t jobs = avoid.load(std::memory_order_relaxed);
+    left.store(jobs, std::memory_order_relaxed);
+    in_time.store(0, std::memory_order_relaxed);
+    avoid.store(jobs * GROWTH < most ? jobs * GROWTH : most, std::memory_order_relaxed);
+  }
+  void came_in_time() {
+    int32_t jobs = avoid.load(std::memory_order_relaxed), good = in_time.load(std::memory_order_relaxed) + 1;
+    if (jobs == FEWEST) return;
+    in_time.store(good < jobs ? good : 0, std::memory_order_relaxed);
+    if (good >= jobs) avoid.store(jobs / GROWTH > FEWEST ? jobs / GROWTH : FEWEST, std::memory_order_relaxed);
+  }
 };
 Patience of_called{200000, 100}, of_at_hand{20000, 1000};
 
@@ -147,19 +167,12 @@ void take_chunks(void* argument) {
 }
 
 bool with_openmp(int32_t threads, int64_t count, Chunk run, void* context, Patience& patience) {
-  if (!gomp_parallel) return false;
-  int32_t left = patience.left.load(std::memory_order_relaxed);
-  if (left > 0) {
-    patience.left.store(left - 1, std::memory_order_relaxed);
-    return false;
-  }
+  if (!gomp_parallel || !patience.has_ended()) return false;
   Team team = {run, context, count};
   int64_t begin = now();
   gomp_parallel(take_chunks, &team, (unsigned)threads, 0);
   int64_t end = now(), late = end - team.finished.load();
-  if (late > patience.late && 4 * late > end - begin) {
-    patience.left.store(patience.avoid, std::memory_order_relaxed);
-  }
+  late > patience.late && 4 * late > end - begin ? patience.came_late() : patience.came_in_time();
   return true;
 }
 

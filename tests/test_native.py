@@ -621,7 +621,7 @@ class Guarded:
 
 
 class Edges:
-    """Places tensors at an edge of their memory, and gives torch.empty such tensors too."""
+    """Places tensors at an edge of their memory, and has torch make its empty ones there."""
 
     def __init__(self, at_end):
         self.at_end = at_end
@@ -646,7 +646,11 @@ class Edges:
 
     def call(self, function, *arguments):
         """function(*arguments), whose result must lie at an edge."""
-        with mock.patch.object(torch, "empty", self.empty):
+        new_empty = lambda tensor, *shape: self.empty(shape, dtype=tensor.dtype)  # noqa: E731
+        with (
+            mock.patch.object(torch, "empty", self.empty),
+            mock.patch.object(torch.Tensor, "new_empty", new_empty),
+        ):
             result = function(*arguments)
         parts = result.parts.values() if isinstance(result, QTensor) else [result]
         assert all(part.data_ptr() in self.given for part in parts)
@@ -751,18 +755,18 @@ def _linear_with_a_short_buffer(step, short):
     """One value, row or byte less than the shapes say."""
     edges = Edges(at_end=True)
     weight = by_torch(noise(3, 34), scheme_of("int8", False))
-    x, bias, empty = noise(2, 34), noise(3), torch.empty
+    x, bias, new_empty = noise(2, 34), noise(3), torch.Tensor.new_empty
     if short == "x":
         x = edges.place(x[:, :33])
     elif short == "bias":
         bias = edges.place(bias[:2])
     elif short == "y":
-        empty = lambda shape, **fields: edges.empty((2, 2), **fields)  # noqa: E731
+        new_empty = lambda x, *shape: edges.empty((2, 2), dtype=x.dtype)  # noqa: E731
     else:
         part = edges.place(getattr(weight, short)[:-1])
         weight = dataclasses.replace(weight, **{short: part})
     step("ready")
-    with mock.patch.object(torch, "empty", empty):
+    with mock.patch.object(torch.Tensor, "new_empty", new_empty):
         native.linear(x, weight, bias)
 
 
