@@ -223,26 +223,24 @@ inline __m256i spread(const uint8_t* p, int v) {
   return _mm256_srli_epi16(_mm256_mullo_epi16(pairs, _mm256_load_si256((const __m256i*)s.factors)), 16 - BITS);
 }
 
-// Which block's factor each of the 8 sums of a chunk takes: sum t covers CHUNK / 8 columns from there on, but for odd
-// widths and bytes the first four cover the lower half of the chunk and the others the upper. Of at most four blocks,
-// whose factors are read with their neighbours: a load that lies within one earlier store does not stall.
+// Which of 8 blocks' factors each of the 8 sums of a chunk takes: sum t covers CHUNK / 8 columns from there on, but for
+// odd widths and bytes the first four cover the lower half of the chunk and the others the upper.
 template <int CHUNK>
 struct LanesOf {
-  __m256i index[4];  // by where the first block is among its four neighbours
-  int shift;
+  static constexpr int MOST = 8 * 128 / CHUNK;  // chunks that 8 blocks make, but for blocks of whole rows
+  __m256i index[MOST];
+  int64_t step;
   explicit LanesOf(int64_t block) {
-    int per_chunk = block < CHUNK ? (int)(CHUNK / block) : 1;
-    shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
-    for (int first = 0; first < 4; first++) {
-      alignas(32) int32_t lane[8];
-      for (int t = 0; t < 8; t++) lane[t] = first + t * per_chunk / 8;
-      index[first] = _mm256_load_si256((const __m256i*)lane);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i column = _mm256_mullo_epi32(lane, _mm256_set1_epi32(CHUNK / 8));
+    bool whole = block > 128;
+    step = !whole;
+    for (int i = 0; i < (whole ? 1 : MOST); i++) {
+      index[i] = _mm256_srli_epi32(column, whole ? 31 : __builtin_ctzll(block));
+      column = _mm256_add_epi32(column, _mm256_set1_epi32(CHUNK));
     }
   }
-  inline F scales(const float* factor, int64_t chunk) const {
-    int64_t block = (chunk * CHUNK) >> shift;
-    return _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)(factor + (block & ~3))), index[block & 3]);
-  }
+  inline F take(F factors, int64_t i) const { return _mm256_permutevar8x32_ps(factors, index[i]); }
 };
 
 // 8 partial sums of V vectors of 16-bit words times q.
@@ -460,12 +458,12 @@ void prepare2(const Job& j, int64_t unit) {
 
 size_t scratch_bytes2(const Job& j, int64_t rows) {
   if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
-  return is_few_float8(j) ? few_float8_scratch_bytes(j) : scratch_bytes(j, rows);
+  return is_few_float8(j) ? 0 : scratch_bytes(j, rows);
 }
 
 void multiply2(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
-  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1, (float*)scratch);
+  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1);
   multiply(j, n0, n1, scratch);
 }
 

@@ -204,26 +204,25 @@ inline __m512i spread(__m512i packed) {
 
 #include "spread.inc.h"
 
-// Which block's factor each of the 16 sums of a chunk takes: sum t covers 4 * CHUNK / 64 columns from 4 * t on, or
-// BY_FOUR 16 columns from 16 * (t % 4) on. Of at most four blocks, whose factors are read with their neighbours:
-// a load that lies within one earlier store does not stall.
+// Which of 16 blocks' factors each of the 16 sums of a chunk takes: sum t covers CHUNK / 16 columns from there on, or
+// BY_FOUR 16 columns from 16 * (t % 4) on.
 template <int CHUNK, bool BY_FOUR = false>
 struct LanesOf {
-  __m512i index[4];  // by where the first block is among its four neighbours
-  int shift;
+  static constexpr int MOST = 16 * 128 / CHUNK;  // chunks that 16 blocks make, but for blocks of whole rows
+  __m512i index[MOST];
+  int64_t step;
   explicit LanesOf(int64_t block) {
-    int per_chunk = block < CHUNK ? (int)(CHUNK / block) : 1;
-    shift = block >= (1 << 20) ? 62 : __builtin_ctzll(block);
-    for (int first = 0; first < 4; first++) {
-      alignas(64) int32_t lane[16];
-      for (int t = 0; t < 16; t++) lane[t] = first + (BY_FOUR ? t % 4 * 4 : t) * per_chunk / 16;
-      index[first] = _mm512_load_si512(lane);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i column = BY_FOUR ? _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(3)), 4)
+                             : _mm512_mullo_epi32(lane, _mm512_set1_epi32(CHUNK / 16));
+    bool whole = block > 128;
+    step = !whole;
+    for (int i = 0; i < (whole ? 1 : MOST); i++) {
+      index[i] = _mm512_srli_epi32(column, whole ? 31 : __builtin_ctzll(block));
+      column = _mm512_add_epi32(column, _mm512_set1_epi32(CHUNK));
     }
   }
-  inline F scales(const float* factor, int64_t chunk) const {
-    int64_t block = (chunk * CHUNK) >> shift;
-    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(factor + (block & ~3))), index[block & 3]);
-  }
+  inline F take(F factors, int64_t i) const { return _mm512_permutexvar_ps(index[i], factors); }
 };
 
 // Codes as bytes, q as Q planes of them. Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1,
@@ -441,12 +440,12 @@ void prepare512(const Job& j, int64_t unit) {
 
 size_t scratch_bytes512(const Job& j, int64_t rows) {
   if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
-  return is_few_float8(j) ? few_float8_scratch_bytes(j) : scratch_bytes(j, rows);
+  return is_few_float8(j) ? 0 : scratch_bytes(j, rows);
 }
 
 void multiply512(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
-  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1, (float*)scratch);
+  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1);
   multiply(j, n0, n1, scratch);
 }
 

@@ -17,7 +17,8 @@
 //   unpack, pack   codes of a packed row <-> one byte each
 //   Integer<BITS, Q>, Codebook   codes of a packed row as integers, and activations of Q bytes to multiply them by:
 //       CHUNK codes of BITS bits at a time, from a row (codes, codes_part), and BYTES of activations (arrange); mac: W
-//       sums of their products, Lanes: the factors of these; real = scale * unit * (sum - HALF * sum of activations)
+//       sums of their products, Lanes: which of W blocks' factors these take, chunk by chunk; real = scale * unit *
+//       (sum - HALF * sum of activations)
 
 // --- weights ---
 
@@ -356,62 +357,70 @@ struct Outputs {
 
 // Scales and zero points of the blocks of a row from b on: W of them, 0 past the last.
 struct Blocks {
-  const Job& j;
   const zp_format& f;
-  int64_t per_group;
+  const void *scale, *zero_point;
+  const int64_t count, per_group, stride;
+  const bool of_rows;
+  const int32_t as_stored;  // the dtype of scales of which vectors are read as they lie, or -1
 
-  explicit Blocks(const Job& job) : j(job), f(*job.format), per_group(f.group_size / j.block) {}
+  explicit Blocks(const Job& j)
+      : f(*j.format),
+        scale(j.scale),
+        zero_point(j.zero_point),
+        count(j.blocks),
+        per_group(f.group_size / j.block),
+        stride(f.scale_stride),
+        of_rows(f.group_size >= f.k),
+        as_stored(per_group == 1 && !of_rows ? f.scale_dtype : -1) {}
 
   inline INLINE F scales(int64_t n, int64_t b) const {
-    int64_t at = n * f.scale_stride, count = j.blocks - b;
-    if (f.group_size >= f.k) return set1(read_scale(f, j.scale, at));
-    if (per_group == 1 && f.scale_dtype == ZP_F16) {
-      const uint16_t* p = (const uint16_t*)j.scale + at + b;
-      return count >= W ? load_f16(p) : load_f16_part(p, count, b > 0);
+    int64_t at = n * stride, left = count - b;
+    if (as_stored == ZP_F16) {
+      const uint16_t* p = (const uint16_t*)scale + at + b;
+      return left >= W ? load_f16(p) : load_f16_part(p, left, b > 0);
     }
-    if (per_group == 1 && f.scale_dtype == ZP_F32 && count >= W) return load((const float*)j.scale + at + b);
-    if (per_group == 1 && f.scale_dtype == ZP_E8M0 && count >= W) return load_e8m0((const uint8_t*)j.scale + at + b);
-    alignas(64) float scale[W];
-    for (int64_t i = 0; i < W; i++) scale[i] = i < count ? read_scale(f, j.scale, at + (b + i) / per_group) : 0;
-    return load(scale);
+    if (of_rows) return set1(read_scale(f, scale, at));
+    if (as_stored == ZP_F32 && left >= W) return load((const float*)scale + at + b);
+    if (as_stored == ZP_E8M0 && left >= W) return load_e8m0((const uint8_t*)scale + at + b);
+    alignas(64) float s[W];
+    for (int64_t i = 0; i < W; i++) s[i] = i < left ? read_scale(f, scale, at + (b + i) / per_group) : 0;
+    return load(s);
   }
 
   inline INLINE F zero_points(int64_t n, int64_t b) const {
-    if (!j.zero_point) return zero();
-    int64_t at = n * f.scale_stride, count = j.blocks - b;
+    if (!zero_point) return zero();
+    int64_t at = n * stride, left = count - b;
     if (per_group == 1 && f.float_zero_point) {
-      const uint16_t* p = (const uint16_t*)j.zero_point + at + b;
-      return count >= W ? load_f16(p) : load_f16_part(p, count, b > 0);
+      const uint16_t* p = (const uint16_t*)zero_point + at + b;
+      return left >= W ? load_f16(p) : load_f16_part(p, left, b > 0);
     }
     if (per_group == 1) {
-      const int8_t* p = (const int8_t*)j.zero_point + at + b;
-      return count >= W ? load_i8(p) : load_i8_part(p, count, b > 0);
+      const int8_t* p = (const int8_t*)zero_point + at + b;
+      return left >= W ? load_i8(p) : load_i8_part(p, left, b > 0);
     }
     alignas(64) float z[W];
-    for (int64_t i = 0; i < W; i++) z[i] = i < count ? read_zero_point(f, j.zero_point, at + (b + i) / per_group) : 0;
+    for (int64_t i = 0; i < W; i++) z[i] = i < left ? read_zero_point(f, zero_point, at + (b + i) / per_group) : 0;
     return load(z);
   }
 };
 
 // Rows [n0, n1) times MR tokens from m0 on.
 template <class Source, int MR>
-static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scratch) {
+static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   constexpr int CHUNK = Source::CHUNK, CHUNK_BYTES = CHUNK * Source::BITS / 8, BYTES = Source::BYTES;
   constexpr int TOGETHER = 4;  // rows whose sums are added up at the same time
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
-  int64_t chunks = (f.k + CHUNK - 1) / CHUNK, last = j.row_bytes - (chunks - 1) * CHUNK_BYTES;
-  bool by_row = is_integer(j) && f.group_size >= f.k;  // one scale: applied at the end
-  int64_t stride = round_up(j.blocks, W) + PAD;
+  const int64_t last = (f.k + CHUNK - 1) / CHUNK - 1, last_bytes = j.row_bytes - last * CHUNK_BYTES;
+  const int64_t span = j.block > f.k ? last + 1 : W * j.block / CHUNK;  // chunks that W blocks make
+  const bool by_row = is_integer(j) && f.group_size >= f.k;             // one scale: applied at the end
   Token t[MR];
-  const float* factor[MR];
   Outputs<MR> outputs(j, m0, n0);
+  outputs.scaled = !by_row;
   for (int r = 0; r < MR; r++) {
     t[r] = token<Source>(j, m0 + r);
-    factor[r] = by_row ? t[r].scale : scratch + r * stride;
     for (int64_t b = 0; by_row && b < j.blocks; b++) outputs.token_sum[r] += t[r].sum[b];
   }
-  outputs.scaled = !by_row;
   const F half = set1(Source::HALF);
   const Blocks blocks(j);
   const typename Source::Lanes lanes(j.block);
@@ -421,31 +430,34 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
   for (int64_t n = n0; n < n1;) {
     int64_t rows = n1 - n < TOGETHER ? n1 - n : TOGETHER;
     for (int64_t i = 0; i < rows;
-         i++) {     // not unrolled: hardware fetches ahead of one instruction that reads on and on
-      F total[MR];  // starts at minus the correction of every block
+         i++) {  // not unrolled: hardware fetches ahead of one instruction that reads on and on
+      const uint8_t* p = j.packed + (n + i) * j.row_bytes;
+      F total[MR], factor[MR];  // total starts at minus the correction of every block
       unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
       if (w.levels) source = Source(IntegerLevels(levels_of(w, n + i, own)));
-      for (int64_t b = 0; !by_row && b < j.blocks; b += W) {
-        // factor = scale * x_scale; correction = sum of scale * offset * x_sum
-        F scale = blocks.scales(n + i, b), minus = mul(add(blocks.zero_points(n + i, b), half), scale);
-        unroll<MR>([&](auto r) INLINE {
-          store(scratch + r * stride + b, mul(scale, load(t[r].scale + b)));
-          total[r] = sub(total[r], mul(minus, load(t[r].sum + b)));
-        });
+      int64_t c = 0, lane = 0;
+      for (int64_t b = 0; b < j.blocks; b += W) {
+        if (by_row) {
+          unroll<MR>([&](auto r) INLINE { factor[r] = load(t[r].scale + b); });
+        } else {  // factor = scale * x_scale; correction = sum of scale * offset * x_sum
+          F scale = blocks.scales(n + i, b), minus = mul(add(blocks.zero_points(n + i, b), half), scale);
+          unroll<MR>([&](auto r) INLINE {
+            factor[r] = mul(scale, load(t[r].scale + b));
+            total[r] = sub(total[r], mul(minus, load(t[r].sum + b)));
+          });
+        }
+        int64_t end = c + span < last ? c + span : last;
+        for (lane = 0; c < end; c++, lane += lanes.step) {
+          __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
+          auto codes = source.codes(p + c * CHUNK_BYTES);
+          unroll<MR>([&](auto r) INLINE {
+            total[r] = fma(Source::mac(codes, t[r].q + c * BYTES), lanes.take(factor[r], lane), total[r]);
+          });
+        }
       }
-      const uint8_t* p = j.packed + (n + i) * j.row_bytes;
-      for (int64_t c = 0; c < chunks - 1; c++) {
-        __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
-        auto codes = source.codes(p + c * CHUNK_BYTES);
-        unroll<MR>([&](auto r) INLINE {
-          F part = Source::mac(codes, t[r].q + c * BYTES);
-          total[r] = fma(part, lanes.scales(factor[r], c), total[r]);
-        });
-      }
-      auto codes = source.codes_part(p + (chunks - 1) * CHUNK_BYTES, last);
+      auto codes = source.codes_part(p + last * CHUNK_BYTES, last_bytes);
       unroll<MR>([&](auto r) INLINE {
-        F part = Source::mac(codes, t[r].q + (chunks - 1) * BYTES);
-        part = fma(part, lanes.scales(factor[r], chunks - 1), total[r]);
+        F part = fma(Source::mac(codes, t[r].q + last * BYTES), lanes.take(factor[r], lane), total[r]);
         store(totals[r][i], mul(part, set1(source.unit)));
       });
     }
@@ -463,11 +475,11 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1, float*
 }
 
 template <class Source>
-static void dot_integer_rows(const Job& j, int64_t n0, int64_t n1, float* scratch) {
+static void dot_integer_rows(const Job& j, int64_t n0, int64_t n1) {
   int64_t m = 0;
-  for (; m + 4 <= j.m; m += 4) dot_integer<Source, 4>(j, m, n0, n1, scratch);
-  if (m + 2 <= j.m) dot_integer<Source, 2>(j, m, n0, n1, scratch), m += 2;
-  if (m < j.m) dot_integer<Source, 1>(j, m, n0, n1, scratch);
+  for (; m + 4 <= j.m; m += 4) dot_integer<Source, 4>(j, m, n0, n1);
+  if (m + 2 <= j.m) dot_integer<Source, 2>(j, m, n0, n1), m += 2;
+  if (m < j.m) dot_integer<Source, 1>(j, m, n0, n1);
 }
 
 // A float job: tokens as float32, rows padded to 128 so that vectors may be read whole.
@@ -714,9 +726,7 @@ struct PrepareDot {
 };
 template <class Source>
 struct DotIntegerRows {
-  static void call(const Job& j, int64_t n0, int64_t n1, float* scratch) {
-    dot_integer_rows<Source>(j, n0, n1, scratch);
-  }
+  static void call(const Job& j, int64_t n0, int64_t n1) { dot_integer_rows<Source>(j, n0, n1); }
 };
 
 static size_t prepared_bytes(const Job& j) {
@@ -745,13 +755,13 @@ static int64_t rows(const Job& j, int32_t threads) {
 
 static size_t scratch_bytes(const Job& j, int64_t rows) {
   if (j.tiled) return rows * (DEPTH + round_up(j.m, TILE_M)) * 4;
-  if (in_integers(j)) return 4 * (round_up(j.blocks, W) + PAD) * 4;
+  if (in_integers(j)) return 0;
   return round_up(j.format->k, 128) * 4;
 }
 
 static void multiply(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   if (j.tiled) return gemm<Floats>(j, n0, n1, scratch);
-  if (in_integers(j)) return OfJob<DotIntegerRows>::call(j, n0, n1, (float*)scratch);
+  if (in_integers(j)) return OfJob<DotIntegerRows>::call(j, n0, n1);
   dot_float_rows(j, n0, n1, (float*)scratch);
 }
 

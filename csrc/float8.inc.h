@@ -60,8 +60,6 @@ static void prepare_few_float8(const Job& j, int64_t m) {
 
 static size_t few_float8_prepared_bytes(const Job& j) { return j.m * float8_stride(j) * 4; }
 
-static size_t few_float8_scratch_bytes(const Job& j) { return 4 * (round_up(j.blocks, W) + PAD); }
-
 // A row with NaN or Inf among its codes.
 template <int MANTISSA>
 static float dot_special(const Job& j, int64_t n, const float* x) {
@@ -78,7 +76,7 @@ static float dot_special(const Job& j, int64_t n, const float* x) {
 
 // EACH: every chunk has factors of its own.
 template <int MR, int MANTISSA, bool EACH>
-static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* scale) {
+static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   using Format = Float8<MANTISSA>;
   constexpr int CHUNK = FLOAT8_CHUNK, SUMS = MR == 1 ? 4 : 2;  // as many chains of sums as hide their latency
   const zp_format& f = *j.format;
@@ -87,12 +85,12 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* 
   const LanesOf<CHUNK> lanes(j.block);
   const int64_t stride = float8_stride(j), padded = round_up(f.k, 128), whole = f.k / CHUNK;
   const int64_t span = EACH ? 1 : by_row ? whole : j.block / CHUNK;  // chunks that share their factors
+  const int64_t vector = by_row ? whole + 1 : W * j.block / CHUNK;   // chunks that W blocks make
   const float* x = (const float*)j.prepared + m0 * stride;
   Outputs<MR> outputs(j, m0, n0);
   for (int64_t n = n0; n < n1; n++) {
     const uint8_t* p = j.packed + n * f.k;
-    for (int64_t b = 0; !by_row && b < j.blocks; b += W) store(scale + b, blocks.scales(n, b));
-    F total[MR], part[MR][SUMS];
+    F total[MR], part[MR][SUMS], scale = set1(1.0f);
     Largest seen;
     unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
     auto use = [&](Words words, int64_t c) INLINE {
@@ -105,7 +103,8 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* 
         });
       });
     };
-    for (int64_t c0 = 0; c0 * CHUNK < f.k; c0 += span) {
+    for (int64_t c0 = 0, lane = 0; c0 * CHUNK < f.k; c0 += span, lane = lane + span < vector ? lane + span : 0) {
+      if (!by_row && lane == 0) scale = blocks.scales(n, c0 * CHUNK / j.block);
       unroll<MR>([&](auto r) INLINE { unroll<SUMS>([&](auto u) INLINE { part[r][u] = zero(); }); });
       int64_t end = c0 + span < whole ? c0 + span : whole;
       for (int64_t c = c0; c < end; c++) {
@@ -114,7 +113,7 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* 
         if (EACH) break;
       }
       if ((by_row || c0 + span > whole) && f.k % CHUNK) use(load_words(p + whole * CHUNK, f.k % CHUNK), whole);
-      F factor = by_row ? set1(1.0f) : lanes.scales(scale, c0);
+      F factor = by_row ? scale : lanes.take(scale, lane);
       unroll<MR>([&](auto r) INLINE {
         F both = add(part[r][0], part[r][1]);
         if constexpr (SUMS == 4) both = add(both, add(part[r][2], part[r][3]));
@@ -133,18 +132,18 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1, float* 
 }
 
 template <int MR>
-static void dot_float8_of(const Job& j, int64_t m, int64_t n0, int64_t n1, float* scratch) {
+static void dot_float8_of(const Job& j, int64_t m, int64_t n0, int64_t n1) {
   bool each = j.format->group_size < j.format->k && j.block <= FLOAT8_CHUNK;
   if (j.format->kind == ZP_FLOAT8_E4M3FN) {
-    each ? dot_float8<MR, 3, true>(j, m, n0, n1, scratch) : dot_float8<MR, 3, false>(j, m, n0, n1, scratch);
+    each ? dot_float8<MR, 3, true>(j, m, n0, n1) : dot_float8<MR, 3, false>(j, m, n0, n1);
   } else {
-    each ? dot_float8<MR, 2, true>(j, m, n0, n1, scratch) : dot_float8<MR, 2, false>(j, m, n0, n1, scratch);
+    each ? dot_float8<MR, 2, true>(j, m, n0, n1) : dot_float8<MR, 2, false>(j, m, n0, n1);
   }
 }
 
-static void dot_float8_rows(const Job& j, int64_t n0, int64_t n1, float* scratch) {
+static void dot_float8_rows(const Job& j, int64_t n0, int64_t n1) {
   int64_t m = 0;
-  for (; m + 4 <= j.m; m += 4) dot_float8_of<4>(j, m, n0, n1, scratch);
-  if (m + 2 <= j.m) dot_float8_of<2>(j, m, n0, n1, scratch), m += 2;
-  if (m < j.m) dot_float8_of<1>(j, m, n0, n1, scratch);
+  for (; m + 4 <= j.m; m += 4) dot_float8_of<4>(j, m, n0, n1);
+  if (m + 2 <= j.m) dot_float8_of<2>(j, m, n0, n1), m += 2;
+  if (m < j.m) dot_float8_of<1>(j, m, n0, n1);
 }
