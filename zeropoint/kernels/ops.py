@@ -14,7 +14,7 @@ operators take tensors; `weight_arguments` and `_weight` convert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -358,54 +358,34 @@ torch.library.register_autograd(
 # --- what modules call ---
 
 
+Parts = Mapping[str, Tensor | None]  # of a weight, by the names of a module's buffers
+
+
 class EagerLinear:
     """`linear` of one frozen weight whose parts have passed the checks once: straight to the kernel
     when nobody looks on (tracing, autograd, a dispatch mode), else through the operator.
     """
 
     def __init__(self, weight: QTensor, kernel: str) -> None:
-        self.parts = (weight.packed, weight.scale, weight.zero_point, weight.levels)
+        self._parts = (weight.packed, weight.scale, weight.zero_point, weight.levels)
         _weight(weight_arguments(weight), weight.dtype)
         bind = getattr(get_kernel(kernel), "bind_linear", None)
-        plain = all(p is None or (type(p) is Tensor and p.is_contiguous()) for p in self.parts)
-        self._direct: Callable[[Tensor, Tensor | None], Tensor] | None = (
-            bind(weight) if bind is not None and plain else None
+        plain = all(p is None or (type(p) is Tensor and p.is_contiguous()) for p in self._parts)
+        # (parts, x, bias) -> y, or None where this call must not go straight to the kernel or these
+        # are not the weight's parts.
+        self.run: Callable[[Parts, Tensor, Tensor | None], Tensor | None] = (
+            _nothing if bind is None or not plain else _straight(bind(weight), self, weight.shape)
         )
-        self._columns = weight.shape[1]
 
-    def holds(self, parts: dict[str, Tensor | None]) -> bool:
+    def holds(self, parts: Parts) -> bool:
         """Whether these buffers still are the weight's parts."""
-        packed, scale, zero_point, levels = self.parts
+        packed, scale, zero_point, levels = self._parts
         return (
             parts.get("weight") is packed
             and parts.get("weight_scale") is scale
             and parts.get("weight_zero_point") is zero_point
             and parts.get("weight_levels") is levels
         )
-
-    def takes(self, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether this call may go straight to the kernel."""
-        return (
-            self._direct is not None
-            and type(x) is Tensor
-            and torch._C._get_tracing_state() is None
-            and not torch.compiler.is_compiling()
-            and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and x.dtype in _DIRECT_DTYPES
-            and x.is_cpu
-            and x.dim() > 0
-            and x.shape[-1] == self._columns
-            and (bias is None or bias.dtype in _DIRECT_DTYPES)
-            and not (
-                torch.is_grad_enabled()
-                and (x.requires_grad or (bias is not None and bias.requires_grad))
-            )
-        )
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        assert self._direct is not None
-        return self._direct(x, bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied module binds its own parts at its first call."""
@@ -414,8 +394,45 @@ class EagerLinear:
         return _nothing, ()
 
 
-def _nothing() -> None:
-    """What a pickled EagerLinear comes back as."""
+def _nothing(*_: object) -> None:
+    """What a pickled EagerLinear comes back as, and what one without a direct way computes."""
+
+
+def _straight(
+    direct: Callable[[Tensor, Tensor | None], Tensor], eager: EagerLinear, shape: torch.Size
+) -> Callable[[Parts, Tensor, Tensor | None], Tensor | None]:
+    """`EagerLinear.run`. One function for all questions: between the layers of a model, when caches
+    are full of other things, Python's calls cost more than what they ask.
+    """
+    packed, scale, zero_point, levels = eager._parts
+    columns = shape[1]
+    is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+    tracing_state, dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
+    functorch_level = torch._C._functorch.peek_interpreter_stack
+
+    def run(parts: Parts, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        if (
+            parts.get("weight") is packed
+            and parts.get("weight_scale") is scale
+            and parts.get("weight_zero_point") is zero_point
+            and parts.get("weight_levels") is levels
+            and type(x) is Tensor
+            and tracing_state() is None
+            and not is_compiling()
+            and dispatch_modes() == 0
+            and functorch_level() is None
+            and x.dtype in _DIRECT_DTYPES
+            and x.is_cpu
+            and x.shape[-1:] == (columns,)
+            and (bias is None or bias.dtype in _DIRECT_DTYPES)
+            and not (
+                is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+            )
+        ):
+            return direct(x, bias)
+        return None
+
+    return run
 
 
 _DIRECT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))

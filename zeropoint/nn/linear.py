@@ -82,8 +82,10 @@ class QLinear(QModule):
     def forward(self, x: Tensor) -> Tensor:
         bias = self._parameters["bias"]
         eager = self._eager
-        if eager is not None and eager.holds(self._parts()) and eager.takes(x, bias):
-            return eager(x, bias)
+        if eager is not None:
+            y = eager.run(self._parts(), x, bias)
+            if y is not None:
+                return y
         if self._compute is None or not x.is_floating_point():
             return self._product(*self._rounded(x), bias)
         narrow = None if bias is None else bias.to(self._compute)
@@ -109,10 +111,12 @@ class QLinear(QModule):
             )
         assert self.kernel is not None
         bound = self._bound
-        holds = bound is not None and bound.holds(self._parts())
-        if bound is not None and holds and bound.takes(x, bias):
-            return bound(x, bias)
+        if bound is not None:
+            y = bound.run(self._parts(), x, bias)
+            if y is not None:
+                return y
         weight = self._qweight(scheme)
+        holds = bound is not None and bound.holds(self._parts())
         if not holds and not torch.compiler.is_compiling():
             self._bound = ops.EagerLinear(weight, self.kernel)
             direct = scheme is self.scheme and self._compute is None
