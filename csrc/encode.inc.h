@@ -9,7 +9,8 @@ struct Levels {  // of a codebook, in ascending order, with the midpoints betwee
   alignas(64) float midpoint[16];
   alignas(16) uint8_t code[16];
   float lowest, highest;
-  explicit Levels(const float* levels) {
+
+  void sort(const float* levels) {
     float value[16];
     for (int c = 0; c < 16; c++) {
       int at = 0;
@@ -25,7 +26,7 @@ struct Levels {  // of a codebook, in ascending order, with the midpoints betwee
 
 // --- the range of every group ---
 
-// The least and the greatest of x, and 0 times all of them added to `nothing`: no longer 0 after a NaN or an infinity.
+// The least and the greatest of x; 0 times all of them is added to `nothing`, which a NaN or an infinity makes NaN.
 static inline void range_of(const float* x, int64_t count, float* low, float* high, F* nothing) {
   *low = *high = x[0];
   int64_t i = 0;
@@ -116,7 +117,7 @@ static inline void symmetric_grids(const zp_format& f, const float* x, const flo
 // --- codes ---
 
 // x / divisor as division rounds it, from RN(1 / divisor), by fused multiplications (Markstein, IBM J. Res. Dev. 34,
-// 1990, theorem 8): a vector of divisions takes as long as 16 of them.
+// 1990), as long as no remainder is subnormal: a vector of divisions takes as long as 16 of them.
 static inline F quotient(F x, F divisor, F minus_divisor, F inverse) {
   if constexpr (W == 1) return div(x, divisor);  // where fma is not fused
   F q = mul(x, inverse);
@@ -132,7 +133,7 @@ static inline void integer_codes(const zp_format& f, float scale, float zero_poi
   auto put = [&](F ratio, uint8_t* to)
                  INLINE { store_u8(to, min(max(add(add(ratio, set1(ROUND)), back), zero()), set1(top))); };
   int64_t i = 0;
-  if (scale > 0x1p-60f && scale < 0x1p60f) {  // no remainder of a quotient above 1/4 is subnormal
+  if (scale > 0x1p-60f && scale < 0x1p60f) {  // only quotients below 1/4 have subnormal remainders
     for (; i + W <= count; i += W) put(quotient(load(x + i), divisor, minus_divisor, inverse), codes + i);
   } else {
     for (; i + W <= count; i += W) put(div(load(x + i), divisor), codes + i);
@@ -177,13 +178,14 @@ static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t
   if (!(sum(add(nothing[0], nothing[1])) == 0) || highest(magnitude) >= (float)(stored_max(dtype) / 2)) {
     return ZP_BAD_ARGUMENT;
   }
-  const Levels levels(f.levels);
+  Levels levels;
+  bool codebook = f.kind == ZP_CODEBOOK;
+  if (codebook) levels.sort(f.levels);
   if (zero_point) {
     asymmetric_grids(f, low, high, groups, grids);
     for (int64_t g = 0; g < groups; g++) zero_point[row * f.scale_stride + g] = (int8_t)grids.zero_point[g];
   } else {
     double reach = (double)((1 << (f.bits - 1)) - 1);
-    bool codebook = f.kind == ZP_CODEBOOK;
     symmetric_grids(f, x, low, high, groups, codebook ? -levels.lowest : reach, codebook ? levels.highest : reach,
                     grids);
   }
@@ -193,10 +195,10 @@ static int encode(const zp_format& f, const void* weight, int32_t dtype, int64_t
   const uint8_t* next = (const uint8_t*)weight + (row + 1) * k * value_bytes;
   for (int64_t g = 0; g < groups; g++) {
     for (int64_t at = 0; at < size * value_bytes; at += 64) __builtin_prefetch(next + g * size * value_bytes + at);
-    if (f.kind == ZP_INTEGER) {
-      integer_codes(f, grids.scale[g], grids.zero_point[g], x + g * size, size, codes + g * size);
-    } else {
+    if (codebook) {
       codebook_codes(levels, grids.scale[g], x + g * size, size, codes + g * size);
+    } else {
+      integer_codes(f, grids.scale[g], grids.zero_point[g], x + g * size, size, codes + g * size);
     }
   }
   pack(codes, f.bits, k, packed + row * packed_row_bytes(f));

@@ -19,7 +19,7 @@ myst_heading_anchors = 3
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 240  # seconds a cell
+nb_execution_timeout = 900  # seconds a cell, on a machine that does other things too
 nb_merge_streams = True
 
 _KERNEL_ENVIRONMENT = {
