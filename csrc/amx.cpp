@@ -47,12 +47,12 @@ int64_t steps(const Job& j, Tiles t) { return (j.format->k + columns_of(t) - 1) 
 int64_t units(const Job& j) { return (j.m + PAIR - 1) / PAIR; }
 
 // Few tokens: rows are read from end to end and sums stay in registers; many: a panel of many rows and a stretch of all
-// tokens stay in cache.
-bool has_few_tokens(const Job& j) { return units(j) <= 2; }
+// tokens stay in the second-level cache, 32 tokens of it in the first.
+bool has_few_tokens(const Job& j) { return units(j) <= 4; }
 
 int64_t pass_steps(const Job& j, Tiles t) {
-  int64_t most = has_few_tokens(j) ? 128 : 24, count = steps(j, t);
-  return count < most ? count : most;
+  int64_t most = has_few_tokens(j) ? 128 : 18, count = steps(j, t), passes = (count + most - 1) / most;
+  return (count + passes - 1) / passes;
 }
 
 // Of a row of a panel: an odd number of lines, which spreads rows over the cache.
@@ -94,20 +94,26 @@ void prepare_bytes(const Job& j, int64_t unit) {
   float* x_sum = x_scale + units(j) * PAIR;
   float* x = (float*)__builtin_alloca(padded * 4);
   int16_t* q = (int16_t*)__builtin_alloca(padded * 2);
-  for (int64_t t = 0; t < PAIR; t++) {
+  auto tile = [&](int64_t s, int64_t half) { return arranged(j, Tiles::bytes, unit, s) + half * TILE_BYTES; };
+  for (int64_t t = 0; t < PAIR; t++) {  // a row of a tile each, and then tiles are turned around
     int64_t m = unit * PAIR + t;
     x_scale[m] = x_sum[m] = 0;
-    __builtin_memset(q, 0, padded * 2);
-    if (m < j.m) quantize_token(j, m, x, q, x_scale + m, x_sum + m);
-    for (int64_t s = 0; s < count; s++) {
-      uint32_t* out = (uint32_t*)arranged(j, Tiles::bytes, unit, s) + t / SIDE * SIDE * SIDE + t % SIDE;
-      alignas(64) uint32_t words[SIDE];
-      for (int64_t i = 0; i < 2; i++) {
-        __m256i part = _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + 64 * s + 32 * i));
-        _mm256_store_si256((__m256i*)words + i, part);
-      }
-      for (int64_t w = 0; w < SIDE; w++) out[w * SIDE] = words[w];
+    if (m < j.m) {
+      quantize_token(j, m, x, q, x_scale + m, x_sum + m);
+    } else if (m == j.m) {
+      __builtin_memset(q, 0, padded * 2);
     }
+    for (int64_t s = 0; s < count; s++) {
+      __m256i* out = (__m256i*)(tile(s, t / SIDE) + t % SIDE * 64);
+      for (int64_t i = 0; i < 2; i++) out[i] = _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + 64 * s + 32 * i));
+    }
+  }
+  for (int64_t i = 0; i < 2 * count; i++) {
+    float* words = (float*)tile(i / 2, i % 2);
+    F square[SIDE];
+    unroll<SIDE>([&](auto t) INLINE { square[t] = load(words + t * SIDE); });
+    transpose(square);
+    unroll<SIDE>([&](auto t) INLINE { store(words + t * SIDE, square[t]); });
   }
 }
 
@@ -133,9 +139,9 @@ __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_b
     for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
     if (!first) unroll<3>([&](auto i) INLINE { __builtin_prefetch(c + PAIR * STRIDE + 64 * (3 * s + i), 1); });
     tile_load<6>(x, 64);  // all loads first: where they and products take turns, the fewer turns the better
-    tile_load<4>(rows, row_bytes);
+    tile_load_once<4>(rows, row_bytes);
     if constexpr (MANY) tile_load<7>(x + TILE_BYTES, 64);
-    tile_load<5>(rows + SIDE * row_bytes, row_bytes);
+    tile_load_once<5>(rows + SIDE * row_bytes, row_bytes);
     dot(Index<0>(), Index<4>(), Index<6>());
     if constexpr (MANY) dot(Index<1>(), Index<4>(), Index<7>());
     dot(Index<2>(), Index<5>(), Index<6>());
@@ -147,29 +153,75 @@ __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_b
   });
 }
 
-// A square of sums, of tokens from m and rows from n on, -> y.
+// Two vectors as 32 bfloat16, in order.
+inline __m512i rounded_bfloat16(F low, F high) {
+  __m512i odd =
+      _mm512_setr_epi32(0x030001, 0x070005, 0x0b0009, 0x0f000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0x230021,
+                        0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d);  // upper halves of lanes
+  return _mm512_permutex2var_epi16(upper_bfloat16(low), odd, upper_bfloat16(high));
+}
+
+// What outputs of rows [n0, n1), a panel, need once their sums are complete; past n1 there are zeros up to a whole
+// tile.
+struct Epilogue {
+  int64_t n0, n1;
+  bool scaled;  // weights of the panel had their scales
+  alignas(64) float scale[ROWS], offset[ROWS], bias[ROWS];
+
+  Epilogue(const Job& j, Tiles t, int64_t begin, int64_t end)
+      : n0(begin), n1(end), scaled(t == Tiles::bfloat16 && !scaled_by_row(*j.format)) {
+    const zp_weight w = weight_of(j);
+    for (int64_t i = 0; i < round_up(n1 - n0, PAIR); i++) {
+      bool there = n0 + i < n1;
+      bias[i] = there && j.bias ? read_float(j.bias, n0 + i, j.bias_dtype) : 0;
+      scale[i] = there && !scaled ? scale_of(w, n0 + i, 0) : 1;
+      offset[i] = there && t == Tiles::bytes ? offset_of(w, n0 + i, 0) : 0;
+    }
+  }
+};
+
+// Sums of 16 tokens with a row of the panel, scaled.
 template <Tiles KIND>
-void put_square(const Job& j, float* sums, int64_t m, int64_t n, int64_t rows) {
-  const zp_weight w = weight_of(j);
-  int64_t tokens = j.m - m < PAIR ? j.m - m : PAIR;
-  const float* x_scale = nullptr;
-  if constexpr (KIND == Tiles::bytes) x_scale = byte_scales(j) + m;
-  if (KIND == Tiles::bytes || scaled_by_row(*j.format)) {
-    for (int64_t r = 0; r < rows; r++) {
-      F scale = set1(scale_of(w, n + r, 0));
-      for (int64_t t = 0; t < tokens; t += W) {
-        F* at = (F*)(sums + r * PAIR + t);
-        if constexpr (KIND == Tiles::bytes) {
-          F whole = mul(_mm512_cvtepi32_ps((__m512i)*at), load(x_scale + t));
-          const float* x_sum = x_scale + units(j) * PAIR;
-          *at = mul(scale, _mm512_fnmadd_ps(set1(offset_of(w, n + r, 0)), load(x_sum + t), whole));
-        } else {
-          *at = mul(scale, *at);
-        }
+inline INLINE F output(const Epilogue& e, int64_t row, const float* sums, F x_scale, F x_sum) {
+  F v = load(sums);
+  if constexpr (KIND == Tiles::bytes) {
+    F whole = mul(_mm512_cvtepi32_ps((__m512i)v), x_scale);
+    v = _mm512_fnmadd_ps(set1(e.offset[row]), x_sum, whole);
+  }
+  return e.scaled ? v : mul(set1(e.scale[row]), v);
+}
+
+// A square of sums, of tokens from m and rows of the panel from `row` on, -> y.
+template <Tiles KIND>
+void put_square(const Job& j, const Epilogue& e, const float* sums, int64_t m, int64_t row) {
+  int64_t size = j.x_dtype == ZP_F32 ? 4 : 2, n = e.n0 + row, rows = e.n1 - n < PAIR ? e.n1 - n : PAIR;
+  for (int64_t half = 0; half < PAIR && m + half < j.m; half += SIDE) {
+    int64_t tokens = j.m - m - half < SIDE ? j.m - m - half : SIDE;
+    F x_scale = zero(), x_sum = zero(), y[2][SIDE];
+    if constexpr (KIND == Tiles::bytes) {
+      const float* scales = byte_scales(j) + m + half;
+      x_scale = load(scales), x_sum = load(scales + units(j) * PAIR);
+    }
+    for (int64_t i = 0; i < 2; i++) {
+      int64_t at = row + i * SIDE;
+      unroll<SIDE>([&](auto r) INLINE {
+        y[i][r] = output<KIND>(e, at + r, sums + (i * SIDE + r) * PAIR + half, x_scale, x_sum);
+      });
+      transpose(y[i]);
+      F bias = load(e.bias + at);
+      unroll<SIDE>([&](auto t) INLINE { y[i][t] = add(y[i][t], bias); });
+    }
+    uint8_t* to = (uint8_t*)j.y + ((m + half) * j.format->n + n) * size;
+    for (int64_t t = 0; t < tokens; t++, to += j.format->n * size) {
+      if (j.x_dtype == ZP_BF16 && rows == PAIR) {
+        _mm512_storeu_si512(to, rounded_bfloat16(y[0][t], y[1][t]));
+      } else {
+        alignas(64) float line[PAIR];
+        store(line, y[0][t]), store(line + SIDE, y[1][t]);
+        from_f32(line, j.x_dtype, rows, to);
       }
     }
   }
-  put_transposed(j, sums, PAIR, m, tokens, n, rows);
 }
 
 // Rows as they lie are read straight from the weight.
@@ -203,6 +255,7 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
   int64_t count = steps(j, KIND), pass = pass_steps(j, KIND), rows = n1 - n0, squares = (rows + PAIR - 1) / PAIR;
   int64_t stride = panel_stride(j, KIND), row_bytes = lie ? j.row_bytes : stride;
   float* sums = (float*)(scratch + squares * PAIR * stride);
+  const Epilogue epilogue(j, KIND, n0, n1);
   int64_t lines = has_few_tokens(j) ? 0 : 2 * TILE_BYTES / 64 / squares;  // of the next unit, fetched in a step
   for (int64_t s0 = 0; s0 < count; s0 += pass) {
     int64_t part = count - s0 < pass ? count - s0 : pass, k0 = s0 * columns_of(KIND);
@@ -227,10 +280,7 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
         } else {
           multiply_tiles<KIND, false>(a, row_bytes, x, part, s0 == 0, square, next, lines);
         }
-        if (s0 + part == count) {
-          int64_t left = rows - i * PAIR;
-          put_square<KIND>(j, square, u * PAIR, n0 + i * PAIR, left < PAIR ? left : PAIR);
-        }
+        if (s0 + part == count) put_square<KIND>(j, epilogue, square, u * PAIR, i * PAIR);
       }
     }
   }

@@ -116,15 +116,6 @@ static inline void symmetric_grids(const zp_format& f, const float* x, const flo
 
 // --- codes ---
 
-// x / divisor as division rounds it, from RN(1 / divisor), by fused multiplications (Markstein, IBM J. Res. Dev. 34,
-// 1990), as long as no remainder is subnormal: a vector of divisions takes as long as 16 of them.
-static inline F quotient(F x, F divisor, F minus_divisor, F inverse) {
-  if constexpr (W == 1) return div(x, divisor);  // where fma is not fused
-  F q = mul(x, inverse);
-  q = fma(fma(q, minus_divisor, x), inverse, q);
-  return fma(fma(q, minus_divisor, x), inverse, q);
-}
-
 static inline void integer_codes(const zp_format& f, float scale, float zero_point, const float* x, int64_t count,
                                  uint8_t* codes) {
   constexpr float ROUND = 0x1.8p23f;  // added to a number it rounds it to the nearest integer, ties to even

@@ -16,6 +16,10 @@ static inline void tile_load(const void* p, int64_t stride) {
   for (int r = 0; r < 16; r++) __builtin_memcpy(tile_data[T][r], (const uint8_t*)p + r * stride, 64);
 }
 template <int T>
+static inline void tile_load_once(const void* p, int64_t stride) {
+  tile_load<T>(p, stride);
+}
+template <int T>
 static inline void tile_store(void* p, int64_t stride) {
   for (int r = 0; r < 16; r++) __builtin_memcpy((uint8_t*)p + r * stride, tile_data[T][r], 64);
 }
@@ -72,6 +76,10 @@ static inline INLINE void tile_zero() {
 template <int T>
 static inline INLINE void tile_load(const void* p, int64_t stride) {
   __asm__ volatile("tileloadd (%0, %1, 1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>  // of rows that are not wanted again soon: others stay in the first-level cache
+static inline INLINE void tile_load_once(const void* p, int64_t stride) {
+  __asm__ volatile("tileloaddt1 (%0, %1, 1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
 }
 template <int T>
 static inline INLINE void tile_store(void* p, int64_t stride) {
