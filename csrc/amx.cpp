@@ -153,72 +153,68 @@ __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_b
   });
 }
 
-// Two vectors as 32 bfloat16, in order.
-inline __m512i rounded_bfloat16(F low, F high) {
-  __m512i odd =
-      _mm512_setr_epi32(0x030001, 0x070005, 0x0b0009, 0x0f000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d, 0x230021,
-                        0x270025, 0x2b0029, 0x2f002d, 0x330031, 0x370035, 0x3b0039, 0x3f003d);  // upper halves of lanes
-  return _mm512_permutex2var_epi16(upper_bfloat16(low), odd, upper_bfloat16(high));
-}
-
 // What outputs of rows [n0, n1), a panel, need once their sums are complete; past n1 there are zeros up to a whole
 // tile.
 struct Epilogue {
   int64_t n0, n1;
-  bool scaled;  // weights of the panel had their scales
   alignas(64) float scale[ROWS], offset[ROWS], bias[ROWS];
 
-  Epilogue(const Job& j, Tiles t, int64_t begin, int64_t end)
-      : n0(begin), n1(end), scaled(t == Tiles::bfloat16 && !scaled_by_row(*j.format)) {
+  Epilogue(const Job& j, Tiles t, int64_t begin, int64_t end) : n0(begin), n1(end) {
     const zp_weight w = weight_of(j);
+    bool scaled = t == Tiles::bfloat16 && !scaled_by_row(*j.format);  // weights of the panel had their scales
     for (int64_t i = 0; i < round_up(n1 - n0, PAIR); i++) {
       bool there = n0 + i < n1;
-      bias[i] = there && j.bias ? read_float(j.bias, n0 + i, j.bias_dtype) : 0;
       scale[i] = there && !scaled ? scale_of(w, n0 + i, 0) : 1;
       offset[i] = there && t == Tiles::bytes ? offset_of(w, n0 + i, 0) : 0;
+      bias[i] = there && j.bias ? read_float(j.bias, n0 + i, j.bias_dtype) : 0;
     }
   }
 };
 
-// Sums of 16 tokens with a row of the panel, scaled.
+// 16 tokens' outputs of a row of the panel.
 template <Tiles KIND>
-inline INLINE F output(const Epilogue& e, int64_t row, const float* sums, F x_scale, F x_sum) {
+inline INLINE F outputs(const Epilogue& e, int64_t row, const float* sums, F x_scale, F x_sum) {
   F v = load(sums);
   if constexpr (KIND == Tiles::bytes) {
     F whole = mul(_mm512_cvtepi32_ps((__m512i)v), x_scale);
     v = _mm512_fnmadd_ps(set1(e.offset[row]), x_sum, whole);
   }
-  return e.scaled ? v : mul(set1(e.scale[row]), v);
+  return fma(v, set1(e.scale[row]), set1(e.bias[row]));
 }
 
 // A square of sums, of tokens from m and rows of the panel from `row` on, -> y.
 template <Tiles KIND>
 void put_square(const Job& j, const Epilogue& e, const float* sums, int64_t m, int64_t row) {
-  int64_t size = j.x_dtype == ZP_F32 ? 4 : 2, n = e.n0 + row, rows = e.n1 - n < PAIR ? e.n1 - n : PAIR;
+  // Words of rows 2 * i and 2 * i + 1 side by side, so that 32 rows are turned as 16 are.
+  const __m512i pairs =
+      _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                        0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+  int64_t n = e.n0 + row, rows = e.n1 - n < PAIR ? e.n1 - n : PAIR, size = j.x_dtype == ZP_F32 ? 4 : 2;
   for (int64_t half = 0; half < PAIR && m + half < j.m; half += SIDE) {
     int64_t tokens = j.m - m - half < SIDE ? j.m - m - half : SIDE;
-    F x_scale = zero(), x_sum = zero(), y[2][SIDE];
+    F x_scale = zero(), x_sum = zero(), square[SIDE];
     if constexpr (KIND == Tiles::bytes) {
       const float* scales = byte_scales(j) + m + half;
       x_scale = load(scales), x_sum = load(scales + units(j) * PAIR);
     }
-    for (int64_t i = 0; i < 2; i++) {
-      int64_t at = row + i * SIDE;
-      unroll<SIDE>([&](auto r) INLINE {
-        y[i][r] = output<KIND>(e, at + r, sums + (i * SIDE + r) * PAIR + half, x_scale, x_sum);
-      });
-      transpose(y[i]);
-      F bias = load(e.bias + at);
-      unroll<SIDE>([&](auto t) INLINE { y[i][t] = add(y[i][t], bias); });
-    }
+    auto of_row = [&](int64_t r) INLINE { return outputs<KIND>(e, row + r, sums + r * PAIR + half, x_scale, x_sum); };
     uint8_t* to = (uint8_t*)j.y + ((m + half) * j.format->n + n) * size;
-    for (int64_t t = 0; t < tokens; t++, to += j.format->n * size) {
-      if (j.x_dtype == ZP_BF16 && rows == PAIR) {
-        _mm512_storeu_si512(to, rounded_bfloat16(y[0][t], y[1][t]));
-      } else {
-        alignas(64) float line[PAIR];
-        store(line, y[0][t]), store(line + SIDE, y[1][t]);
-        from_f32(line, j.x_dtype, rows, to);
+    if (j.x_dtype == ZP_BF16 && rows == PAIR) {
+      unroll<SIDE>([&](auto i) INLINE {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(of_row(2 * i + 1), of_row(2 * i));
+        square[i] = (F)_mm512_permutexvar_epi16(pairs, both);
+      });
+      transpose(square);
+      for (int64_t t = 0; t < tokens; t++, to += j.format->n * size) store((float*)to, square[t]);
+      continue;
+    }
+    for (int64_t r = 0; r < rows; r += SIDE) {
+      unroll<SIDE>([&](auto i) INLINE { square[i] = of_row(r + i); });
+      transpose(square);
+      for (int64_t t = 0; t < tokens; t++) {
+        alignas(64) float line[SIDE];
+        store(line, square[t]);
+        from_f32(line, j.x_dtype, rows - r < SIDE ? rows - r : SIDE, to + (t * j.format->n + r) * size);
       }
     }
   }
