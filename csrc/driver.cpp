@@ -23,6 +23,12 @@ constexpr size_t KEEP_BYTES = 64 << 20;   // a thread's workspace larger than th
 // by the time it is awake, tens of microseconds later, such a job is done.
 constexpr int64_t SERIAL_BYTES = 64 << 10, CALL_BYTES = 1 << 20;
 
+int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
+int64_t float_bytes(int32_t dtype) { return dtype == ZP_F32 ? 4 : 2; }
+
 // Memory that a calling thread keeps between calls.
 struct Workspace {
   uint8_t* data = nullptr;
@@ -56,21 +62,46 @@ int64_t activation_block(const zp_format& f, bool int8_activations) {
   return 32;
 }
 
-struct Multiply {
-  const Job* job;
-  const Isa* isa;
-  int64_t rows;
+// Tokens that are prepared together. Where there are several pieces each thread begins with one of its own, whose
+// tokens are then in its cache, and helps with the others afterwards.
+struct alignas(64) Piece {
+  Job job;
+  int64_t units;
+  std::atomic<int64_t> next_unit{0}, prepared{0}, next_chunk{0};
 };
 
-void run_prepare(void* context, int64_t chunk, int32_t) {
-  const auto& c = *(const Multiply*)context;
-  c.isa->prepare(*c.job, chunk);
+constexpr int64_t PIECE = 256, PIECES = TOKENS_AT_ONCE / PIECE;
+
+// Rows are unpacked once for each piece, which pays where they are not many more than tokens.
+int64_t pieces_of(const Job& j, int32_t threads) {
+  int64_t most = j.m / PIECE < threads ? j.m / PIECE : threads;
+  return j.tiled && j.format->n <= 2 * j.m && most > 1 ? most : 1;
 }
 
-void run_multiply(void* context, int64_t chunk, int32_t worker) {
-  const auto& c = *(const Multiply*)context;
-  int64_t n0 = chunk * c.rows, n1 = n0 + c.rows < c.job->format->n ? n0 + c.rows : c.job->format->n;
-  c.isa->multiply(*c.job, n0, n1, c.job->scratch + worker * c.job->scratch_bytes);
+struct Multiply {
+  const Isa* isa;
+  int64_t pieces, chunks, rows;  // rows: of weight, in a chunk
+  uint8_t* scratch;              // threads x scratch_bytes
+  size_t scratch_bytes;
+  Piece piece[PIECES];
+};
+
+// What each thread does.
+void run_multiply(void* context, int64_t, int32_t worker) {
+  auto& c = *(Multiply*)context;
+  for (int64_t i = 0; i < c.pieces; i++) {
+    Piece& p = c.piece[(worker + i) % c.pieces];
+    if (p.next_chunk.load(std::memory_order_relaxed) >= c.chunks) continue;
+    for (int64_t unit; (unit = p.next_unit.fetch_add(1, std::memory_order_relaxed)) < p.units;) {
+      c.isa->prepare(p.job, unit);
+      p.prepared.fetch_add(1, std::memory_order_release);
+    }
+    wait_for(p.prepared, p.units);
+    for (int64_t chunk; (chunk = p.next_chunk.fetch_add(1, std::memory_order_relaxed)) < c.chunks;) {
+      int64_t n = p.job.format->n, n0 = chunk * c.rows, n1 = n0 + c.rows < n ? n0 + c.rows : n;
+      c.isa->multiply(p.job, n0, n1, c.scratch + worker * c.scratch_bytes);
+    }
+  }
 }
 
 const Isa& in_use();
@@ -80,22 +111,40 @@ int linear(Job job, int32_t threads) {
   const Isa& isa = in_use();
   job.row_bytes = (f.k * f.bits + 7) / 8;
   job.block = activation_block(f, job.int8_activations);
-  job.blocks = job.block > f.k ? 1 : (f.k + job.block - 1) / job.block;
+  job.blocks = job.block > f.k ? 1 : ceil_div(f.k, job.block);
   job.tiled = isa.tile(job);
   int64_t bytes = job.row_bytes * f.n * job.m;
   if (bytes < SERIAL_BYTES) threads = 1;
-  Multiply context = {&job, &isa, isa.rows(job, threads)};
-  int64_t chunks = (f.n + context.rows - 1) / context.rows;
-  if (threads > chunks) threads = (int32_t)chunks;
-  size_t prepared = (isa.prepared_bytes(job) + 63) & ~(size_t)63;
-  job.scratch_bytes = (isa.scratch_bytes(job, context.rows) + 63) & ~(size_t)63;
-  job.prepared = workspace.get(prepared + threads * job.scratch_bytes + 64);
-  if (!job.prepared) return ZP_NO_MEMORY;
-  job.scratch = job.prepared + prepared;
-  int64_t units = (job.m + isa.tokens(job) - 1) / isa.tokens(job);
-  Help help = bytes >= CALL_BYTES ? Help::called : Help::at_hand;
-  parallel(job.m * f.k < (1 << 15) ? 1 : threads, units, run_prepare, &context, help);
-  parallel(threads, chunks, run_multiply, &context, help);
+  Multiply c;
+  c.isa = &isa;
+  int64_t tokens = round_up(ceil_div(job.m, pieces_of(job, threads)), isa.tokens(job));
+  c.pieces = ceil_div(job.m, tokens);
+  size_t prepared = 0;
+  for (int64_t i = 0, m = 0; i < c.pieces; i++, m += tokens) {
+    Piece& p = c.piece[i];
+    p.job = job;
+    p.job.m = job.m - m < tokens ? job.m - m : tokens;
+    p.job.x = (const uint8_t*)job.x + m * job.x_stride * float_bytes(job.x_dtype);
+    p.job.y = (uint8_t*)job.y + m * f.n * float_bytes(job.x_dtype);
+    p.units = ceil_div(p.job.m, isa.tokens(p.job));
+    prepared += round_up(isa.prepared_bytes(p.job), 64);
+  }
+  c.rows = isa.rows(c.piece[0].job, (int32_t)ceil_div(threads, c.pieces));
+  c.chunks = ceil_div(f.n, c.rows);
+  if (threads > c.chunks * c.pieces) threads = (int32_t)(c.chunks * c.pieces);
+  c.scratch_bytes = 0;
+  for (int64_t i = 0; i < c.pieces; i++) {
+    size_t wanted = round_up(isa.scratch_bytes(c.piece[i].job, c.rows), 64);
+    if (wanted > c.scratch_bytes) c.scratch_bytes = wanted;
+  }
+  c.scratch = workspace.get(threads * c.scratch_bytes + prepared + 64);
+  if (!c.scratch) return ZP_NO_MEMORY;
+  uint8_t* memory = c.scratch + threads * c.scratch_bytes;
+  for (int64_t i = 0; i < c.pieces; i++) {
+    c.piece[i].job.prepared = memory;
+    memory += round_up(isa.prepared_bytes(c.piece[i].job), 64);
+  }
+  parallel(threads, threads, run_multiply, &c, bytes >= CALL_BYTES ? Help::called : Help::at_hand);
   workspace.trim();
   return ZP_OK;
 }
@@ -112,7 +161,7 @@ struct Rows {
 void run_rows(void* context, int64_t chunk, int32_t) {
   const auto& c = *(const Rows*)context;
   int64_t end = (chunk + 1) * c.step < c.count ? (chunk + 1) * c.step : c.count;
-  size_t bytes = c.weight.format->k * (c.dtype == ZP_F32 ? 4 : 2);
+  size_t bytes = c.weight.format->k * float_bytes(c.dtype);
   for (int64_t i = chunk * c.step; i < end; i++) {
     c.isa->decode(c.weight, c.indices ? c.indices[i] : i, c.dtype, c.out + i * bytes);
   }
@@ -140,7 +189,7 @@ void run_encode(void* context, int64_t chunk, int32_t) {
 }
 
 int64_t rows_at_once(int64_t count, int64_t row_values, int32_t threads) {
-  int64_t enough = 16384 / (row_values + 1) + 1, share = (count + 4 * threads - 1) / (4 * threads);
+  int64_t enough = 16384 / (row_values + 1) + 1, share = ceil_div(count, 4 * threads);
   return share < enough ? enough : share;
 }
 
@@ -272,7 +321,7 @@ extern "C" {
 int zp_linear(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
               const void* levels, const void* bias, int32_t bias_dtype, const void* x, int32_t x_dtype,
               int64_t x_stride, int64_t m, int32_t int8_activations, void* y, int32_t threads) {
-  int64_t y_bytes = format->n * (x_dtype == ZP_F32 ? 4 : 2), x_bytes = x_stride * (x_dtype == ZP_F32 ? 4 : 2);
+  int64_t y_bytes = format->n * float_bytes(x_dtype), x_bytes = x_stride * float_bytes(x_dtype);
   for (int64_t begin = 0; begin < m; begin += TOKENS_AT_ONCE) {
     Job job = {};
     job.format = format;
@@ -302,7 +351,7 @@ int zp_rows(const zp_format* format, const void* packed, const void* scale, cons
   zp_weight weight = {format, (const uint8_t*)packed, scale, zero_point, levels};
   Rows rows = {&in_use(), weight, indices, (uint8_t*)out, out_dtype, count, 0};
   rows.step = rows_at_once(count, format->k, threads);
-  parallel(threads, (count + rows.step - 1) / rows.step, run_rows, &rows);
+  parallel(threads, ceil_div(count, rows.step), run_rows, &rows);
   return ZP_OK;
 }
 
@@ -317,7 +366,7 @@ int zp_quantize(const zp_format* format, const void* weight, int32_t dtype, void
   encode.scale = scale;
   encode.zero_point = (int8_t*)zero_point;
   encode.step = rows_at_once(format->n, format->k, threads);
-  parallel(threads, (format->n + encode.step - 1) / encode.step, run_encode, &encode);
+  parallel(threads, ceil_div(format->n, encode.step), run_encode, &encode);
   return encode.result.load();
 }
 
@@ -341,7 +390,7 @@ int64_t zp_read_bytes(const void* data, int64_t size, int32_t threads) {
   read.data = (const uint8_t*)data;
   read.size = size;
   read.step = 256 << 10;
-  parallel(threads, (size + read.step - 1) / read.step, run_read, &read);
+  parallel(threads, ceil_div(size, read.step), run_read, &read);
   return read.total.load();
 }
 

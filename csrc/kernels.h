@@ -3,6 +3,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <atomic>
+
 #include "zeropoint.h"
 
 namespace zp {
@@ -34,8 +36,6 @@ struct Job {
   int64_t block;      // columns that share an activation scale: divides the group, or is >= k
   int64_t blocks;     // ceil(k / block)
   uint8_t* prepared;  // isa->prepared_bytes(job): what isa->prepare wrote
-  uint8_t* scratch;   // threads x scratch_bytes
-  size_t scratch_bytes;
 };
 
 // One instruction set. Every function is single-threaded; the driver splits the work.
@@ -66,5 +66,6 @@ enum class Help {
 };
 using Chunk = void (*)(void* context, int64_t chunk, int32_t worker);
 void parallel(int32_t threads, int64_t count, Chunk run, void* context, Help help = Help::called);
+void wait_for(const std::atomic<int64_t>& counter, int64_t value);  // that another thread is about to reach
 
 }  // namespace zp

@@ -25,6 +25,11 @@ inline void pause() {
 #endif
 }
 
+template <class Condition>
+void wait_until(Condition holds) {
+  for (int spins = 0; !holds(); spins++) spins < SPINS ? pause() : std::this_thread::yield();
+}
+
 struct Pool {
   std::mutex caller;  // one job at a time; a second caller works alone
   // A job is published as one number, epoch << 32 | chunks left to take, so that a worker which wakes late cannot take
@@ -93,13 +98,7 @@ struct Pool {
       wake.notify_all();
     }
     work(0);
-    for (int spins = 0; unfinished.load(std::memory_order_acquire) != 0; spins++) {
-      if (spins < SPINS) {
-        pause();
-      } else {
-        std::this_thread::yield();
-      }
-    }
+    wait_until([&] { return unfinished.load(std::memory_order_acquire) == 0; });
   }
 };
 
@@ -192,6 +191,10 @@ struct Start {
 } start;
 
 }  // namespace
+
+void wait_for(const std::atomic<int64_t>& counter, int64_t value) {
+  wait_until([&] { return counter.load(std::memory_order_acquire) >= value; });
+}
 
 void parallel(int32_t threads, int64_t count, Chunk run, void* context, Help help) {
   if (threads > MOST_WORKERS) threads = MOST_WORKERS;

@@ -457,6 +457,22 @@ def test_the_number_of_threads_changes_no_bit(name, activations, isa):
     assert_linear(alone, x, weight, None, "native")
 
 
+@every_isa
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("m", [511, 512, 769, 1030])
+def test_tokens_in_pieces_are_what_they_are_alone(m, activations, isa):
+    """Fewer rows than tokens: each thread prepares a piece of the tokens."""
+    for name, dtype in (("int4", torch.bfloat16), ("int8", torch.float32), ("nf4", torch.float16)):
+        weight = weight_of(scheme_of(name, activations=activations), 65, 192)
+        x, bias = noise(m, 200).to(dtype)[:, :192], noise(65).to(dtype)
+        with threads(1):
+            alone = kernel.linear(x, weight, bias)
+        assert_linear(alone, x, weight, bias, "native")
+        for count in (2, 3, 16):
+            with threads(count):
+                assert torch.equal(kernel.linear(x, weight, bias), alone), (name, count)
+
+
 # --- contract with torch --------------------------------------------------------------------------
 
 
