@@ -86,41 +86,53 @@ inline void grids(const zp_weight& w, int64_t row, int64_t first, int64_t count,
   }
 }
 
-// 32 values at a time of what a group's codes stand for. Up to 32 of them are scaled and rounded once, and codes looked
-// up among them; of more bits, each code is.
-struct Nibbles {
-  const uint8_t* packed;
-  F levels;
-  inline INLINE __m512i table(F scale, F offset) const {
-    F values = mul(sub(levels, offset), scale);
-    return (__m512i)_mm512_cvtne2ps_pbh(values, values);  // twice, so that upper bits of an index do not matter
-  }
-  inline INLINE __m512i next(__m512i table, F, F) {
-    __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)packed));
-    packed += 16;
-    return _mm512_permutexvar_epi16(_mm512_or_si512(both, _mm512_slli_epi32(both, 12)), table);
+// Where codes of BITS bits lie: lanes of LANE bytes get the two bytes that a code is in, and how far it is shifted
+// there.
+template <int BITS, int LANE>
+struct Places {
+  alignas(64) uint8_t byte[64] = {};
+  alignas(64) uint8_t shift[64] = {};
+  constexpr Places() {
+    for (int i = 0; i < 64 / LANE; i++) {
+      byte[LANE * i] = (uint8_t)(BITS * i / 8), byte[LANE * i + 1] = (uint8_t)(BITS * i / 8 + 1);
+      shift[LANE * i] = (uint8_t)(BITS * i % 8);
+    }
   }
 };
 
-struct Narrow {  // 2, 3 and 5 bits
-  const uint8_t* codes;
-  F levels, upper;
+// 32 values at a time of what a group's codes stand for. Up to 32 of them are scaled and rounded once, and codes looked
+// up among them; of more bits, each code is.
+template <int BITS>
+struct Narrow {  // up to 5 bits
+  static constexpr Places<BITS, 2> places{};
+  const uint8_t* packed;
+  F levels, upper;  // of codes 0 .. 31, of which the lowest BITS bits count
   inline INLINE __m512i table(F scale, F offset) const {
     return (__m512i)_mm512_cvtne2ps_pbh(mul(sub(upper, offset), scale), mul(sub(levels, offset), scale));
   }
   inline INLINE __m512i next(__m512i table, F, F) {
-    __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
-    codes += 32;
-    return _mm512_permutexvar_epi16(index, table);
+    __m512i bytes = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1u << 4 * BITS) - 1, packed));
+    packed += 4 * BITS;
+    bytes = _mm512_permutexvar_epi8(_mm512_load_si512(places.byte), bytes);
+    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, _mm512_load_si512(places.shift)), table);
   }
 };
 
+template <int BITS>
 struct Wide {  // 6, 7 and 8 bits
-  const uint8_t* codes;
+  static constexpr Places<BITS, 4> places{};
+  const uint8_t* packed;
   inline INLINE __m512i table(F, F) const { return __m512i(); }
+  inline INLINE F codes(const uint8_t* p) const {
+    if constexpr (BITS == 8) return load_u8(p);
+    __m512i bytes = _mm512_castsi128_si512(_mm_maskz_loadu_epi8((1u << 2 * BITS) - 1, p));
+    bytes = _mm512_permutexvar_epi8(_mm512_load_si512(places.byte), bytes);
+    bytes = _mm512_srlv_epi32(bytes, _mm512_load_si512(places.shift));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32((1 << BITS) - 1)));
+  }
   inline INLINE __m512i next(__m512i, F scale, F offset) {
-    F low = mul(sub(load_u8(codes), offset), scale), high = mul(sub(load_u8(codes + W), offset), scale);
-    codes += 32;
+    F low = mul(sub(codes(packed), offset), scale), high = mul(sub(codes(packed + 2 * BITS), offset), scale);
+    packed += 4 * BITS;
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
   }
 };
@@ -141,35 +153,32 @@ inline INLINE void decode_groups(Codes codes, int64_t vectors, int64_t left, int
   }
 }
 
-// Integers and codebooks.
-inline void decode_codes(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale,
-                         const float* offset, uint16_t* out) {
-  const zp_format& f = *w.format;
-  alignas(64) float own[16];
-  alignas(64) uint8_t codes[MOST + 64];
-  const uint8_t* p = w.packed + row * packed_row_bytes(f) + k0 * f.bits / 8;
-  int64_t vectors = (count + 31) / 32, left = (f.group_size - k0 % f.group_size + 31) / 32,
-          per_group = f.group_size / 32;
-  if (f.bits == 4 || f.bits == 8) {
+template <int BITS>
+struct DecodeCodes {  // integers and codebooks
+  static void call(const zp_weight* w, int64_t row, int64_t k0, int64_t count, const float* scale, const float* offset,
+                   uint16_t* out) {
+    const zp_format& f = *w->format;
+    alignas(64) float own[16];
+    alignas(64) uint8_t last[MOST * BITS / 8 + 64];
+    const uint8_t* p = w->packed + row * packed_row_bytes(f) + k0 * BITS / 8;
+    int64_t vectors = (count + 31) / 32, left = (f.group_size - k0 % f.group_size + 31) / 32,
+            per_group = f.group_size / 32;
     if (count % 32) {  // whole vectors are read
-      __builtin_memcpy(codes, p, (count * f.bits + 7) / 8);
-      p = codes;
+      __builtin_memcpy(last, p, (count * BITS + 7) / 8);
+      p = last;
     }
-  } else {
-    unpack(p, f.bits, count, codes);
-    p = codes;
+    if constexpr (BITS <= 5) {
+      constexpr int CODES = 1 << BITS;
+      __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      F levels = _mm512_cvtepi32_ps(_mm512_and_si512(lane, _mm512_set1_epi32(CODES - 1)));
+      if (f.kind == ZP_CODEBOOK) levels = load(levels_of(*w, row, own));
+      F upper = CODES > W ? add(levels, set1(W)) : levels;
+      decode_groups(Narrow<BITS>{p, levels, upper}, vectors, left, per_group, scale, offset, out);
+    } else {
+      decode_groups(Wide<BITS>{p}, vectors, left, per_group, scale, offset, out);
+    }
   }
-  F levels = _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  if (f.kind == ZP_CODEBOOK) levels = load(levels_of(w, row, own));
-  if (f.bits == 4) {
-    decode_groups(Nibbles{p, levels}, vectors, left, per_group, scale, offset, out);
-  } else if (f.bits <= 5) {
-    F upper = f.bits == 5 ? add(levels, set1(16)) : levels;
-    decode_groups(Narrow{p, levels, upper}, vectors, left, per_group, scale, offset, out);
-  } else {
-    decode_groups(Wide{p}, vectors, left, per_group, scale, offset, out);
-  }
-}
+};
 
 // scaled: false for a row whose one scale is left out.
 inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale, bool scaled,
@@ -227,7 +236,7 @@ inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t
     decode_float8(w, row, k0, count, scales, scaled, out);
   } else {
     if (!scaled) scales[0] = 1;
-    decode_codes(w, row, k0, count, scales, offsets, out);
+    by_bits<DecodeCodes>(f.bits, &w, row, k0, count, (const float*)scales, (const float*)offsets, out);
     for (int64_t i = count; i % 32; i++) out[i] = 0;
   }
 }
