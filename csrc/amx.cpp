@@ -232,7 +232,7 @@ void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, const uint8_t
   const zp_format& f = *j.format;
   for (int64_t k = k0; k < k1; k += MOST, out += MOST / columns_of(KIND) * 64) {
     int64_t end = k + MOST < k1 ? k + MOST : k1, bytes = (end - k) * f.bits / 8;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i);
+    for (int64_t i = 0; i < bytes && f.bits < 16; i += 64) __builtin_prefetch(ahead + i);  // others do that themselves
     ahead += bytes;
     if constexpr (KIND == Tiles::bytes) {
       unpack(j.packed + row * j.row_bytes + k * f.bits / 8, f.bits, end - k, out);

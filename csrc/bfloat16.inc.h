@@ -220,6 +220,7 @@ inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t
   if (f.kind == ZP_BFLOAT16 || f.kind == ZP_FLOAT16) {
     const uint16_t* p = (const uint16_t*)w.packed + row * f.k + k0;
     for (int64_t i = 0; i < count; i += 32) {
+      __builtin_prefetch((const uint8_t*)(p + i) + AHEAD);
       __m512i words = _mm512_maskz_loadu_epi16(count - i >= 32 ? ~0u : (1u << (count - i)) - 1, p + i);
       if (f.kind == ZP_FLOAT16) {
         F low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
