@@ -13,6 +13,7 @@
 #endif
 
 #include "kernels.h"
+#include "pool.h"
 
 namespace zp {
 namespace {

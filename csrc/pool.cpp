@@ -1,6 +1,8 @@
 // A small pool of threads whose work is counted in chunks, not in threads: whoever is awake takes the next chunk, and
 // a call returns when all chunks are done, so a worker that the machine has put aside costs nothing unless it was put
 // aside in the middle of a chunk. (An OpenMP barrier waits for every thread: a scheduler slice on a busy machine.)
+#include "pool.h"
+
 #include <dlfcn.h>
 #include <pthread.h>
 #include <time.h>
@@ -10,8 +12,6 @@
 #include <mutex>
 #include <new>
 #include <thread>
-
-#include "kernels.h"
 
 namespace zp {
 namespace {
