@@ -153,8 +153,7 @@ __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_b
   });
 }
 
-// What outputs of rows [n0, n1), a panel, need once their sums are complete; past n1 there are zeros up to a whole
-// tile.
+// What outputs of rows [n0, n1), a panel, need once their sums are complete, filled up to whole squares.
 struct Epilogue {
   int64_t n0, n1;
   alignas(64) float scale[ROWS], offset[ROWS], bias[ROWS];
@@ -171,7 +170,7 @@ struct Epilogue {
   }
 };
 
-// 16 tokens' outputs of a row of the panel.
+// 16 tokens' outputs of a row of the panel, but for its bias.
 template <Tiles KIND>
 inline INLINE F outputs(const Epilogue& e, int64_t row, const float* sums, F x_scale, F x_sum) {
   F v = load(sums);
@@ -179,17 +178,17 @@ inline INLINE F outputs(const Epilogue& e, int64_t row, const float* sums, F x_s
     F whole = mul(_mm512_cvtepi32_ps((__m512i)v), x_scale);
     v = _mm512_fnmadd_ps(set1(e.offset[row]), x_sum, whole);
   }
-  return fma(v, set1(e.scale[row]), set1(e.bias[row]));
+  return mul(set1(e.scale[row]), v);
 }
 
 // A square of sums, of tokens from m and rows of the panel from `row` on, -> y.
 template <Tiles KIND>
-void put_square(const Job& j, const Epilogue& e, const float* sums, int64_t m, int64_t row) {
+void put_square(const Job& j, const Epilogue& e, float* sums, int64_t m, int64_t row) {
   // Words of rows 2 * i and 2 * i + 1 side by side, so that 32 rows are turned as 16 are.
   const __m512i pairs =
       _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
                         0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
-  int64_t n = e.n0 + row, rows = e.n1 - n < PAIR ? e.n1 - n : PAIR, size = j.x_dtype == ZP_F32 ? 4 : 2;
+  int64_t n = e.n0 + row, rows = e.n1 - n < PAIR ? e.n1 - n : PAIR;
   for (int64_t half = 0; half < PAIR && m + half < j.m; half += SIDE) {
     int64_t tokens = j.m - m - half < SIDE ? j.m - m - half : SIDE;
     F x_scale = zero(), x_sum = zero(), square[SIDE];
@@ -198,25 +197,19 @@ void put_square(const Job& j, const Epilogue& e, const float* sums, int64_t m, i
       x_scale = load(scales), x_sum = load(scales + units(j) * PAIR);
     }
     auto of_row = [&](int64_t r) INLINE { return outputs<KIND>(e, row + r, sums + r * PAIR + half, x_scale, x_sum); };
-    uint8_t* to = (uint8_t*)j.y + ((m + half) * j.format->n + n) * size;
-    if (j.x_dtype == ZP_BF16 && rows == PAIR) {
-      unroll<SIDE>([&](auto i) INLINE {
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(of_row(2 * i + 1), of_row(2 * i));
-        square[i] = (F)_mm512_permutexvar_epi16(pairs, both);
-      });
-      transpose(square);
-      for (int64_t t = 0; t < tokens; t++, to += j.format->n * size) store((float*)to, square[t]);
+    if (j.x_dtype != ZP_BF16 || rows < PAIR) {
+      for (int64_t r = 0; r < rows; r++) store(sums + r * PAIR + half, of_row(r));
+      put_transposed(j, sums + half, PAIR, m + half, tokens, n, rows);
       continue;
     }
-    for (int64_t r = 0; r < rows; r += SIDE) {
-      unroll<SIDE>([&](auto i) INLINE { square[i] = of_row(r + i); });
-      transpose(square);
-      for (int64_t t = 0; t < tokens; t++) {
-        alignas(64) float line[SIDE];
-        store(line, square[t]);
-        from_f32(line, j.x_dtype, rows - r < SIDE ? rows - r : SIDE, to + (t * j.format->n + r) * size);
-      }
-    }
+    auto biased = [&](int64_t r) INLINE { return add(of_row(r), set1(e.bias[row + r])); };
+    unroll<SIDE>([&](auto i) INLINE {
+      __m512i both = (__m512i)_mm512_cvtne2ps_pbh(biased(2 * i + 1), biased(2 * i));
+      square[i] = (F)_mm512_permutexvar_epi16(pairs, both);
+    });
+    transpose(square);
+    uint16_t* to = (uint16_t*)j.y + (m + half) * j.format->n + n;
+    for (int64_t t = 0; t < tokens; t++) store((float*)(to + t * j.format->n), square[t]);
   }
 }
 

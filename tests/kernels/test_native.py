@@ -148,7 +148,7 @@ def test_every_format_shape_and_batch_matches_the_oracle(name, symmetric, activa
 
 
 # Beyond what fits in a cache or in registers at once: columns of a pass (AMX: 4096 for few tokens,
-# 768 or 1536 for many), rows of a panel (256), tokens kept with it (512).
+# 576 or 1152 for many), rows of a panel (256), tokens kept with it (512).
 DEEP = ((40, 4416, 5), (35, 8256, 40), (33, 1632, 150), (289, 832, 530))  # (N, K, tokens)
 
 
