@@ -213,24 +213,27 @@ void put_square(const Job& j, const Epilogue& e, float* sums, int64_t m, int64_t
   }
 }
 
-// Rows as they lie are read straight from the weight.
+// Few tokens use rows once, and so read those that lie as tiles straight from the weight. For many, rows that lie far
+// apart are copied: lines that are 4096 bytes apart have eight places in the first-level cache.
 template <Tiles KIND>
-bool as_they_lie(const zp_format& f) {
-  return KIND == Tiles::bytes ? f.bits == 8 && f.k % 64 == 0 : f.kind == ZP_BFLOAT16 && f.k % 32 == 0;
+bool as_they_lie(const Job& j) {
+  const zp_format& f = *j.format;
+  bool same = KIND == Tiles::bytes ? f.bits == 8 && f.k % 64 == 0 : f.kind == ZP_BFLOAT16 && f.k % 32 == 0;
+  return same && has_few_tokens(j);
 }
 
-// Columns [k0, k1) of a row as tiles take them. What lies `ahead`, as many bytes, is fetched meanwhile.
+// Columns [k0, k1) of a row as tiles take them. What lies `ahead` bytes further on is fetched meanwhile.
 template <Tiles KIND>
-void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, const uint8_t* ahead, uint8_t* out) {
+void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, int64_t ahead, uint8_t* out) {
   const zp_format& f = *j.format;
   for (int64_t k = k0; k < k1; k += MOST, out += MOST / columns_of(KIND) * 64) {
     int64_t end = k + MOST < k1 ? k + MOST : k1, bytes = (end - k) * f.bits / 8;
-    for (int64_t i = 0; i < bytes && f.bits < 16; i += 64) __builtin_prefetch(ahead + i);  // others do that themselves
-    ahead += bytes;
+    const uint8_t* packed = j.packed + row * j.row_bytes + k * f.bits / 8;
+    for (int64_t i = 0; i < bytes && f.bits < 16; i += 64) __builtin_prefetch(packed + i + ahead);
     if constexpr (KIND == Tiles::bytes) {
-      unpack(j.packed + row * j.row_bytes + k * f.bits / 8, f.bits, end - k, out);
+      unpack(packed, f.bits, end - k, out);
     } else {
-      decode_bfloat16(weight_of(j), row, k, end, !scaled_by_row(f), (uint16_t*)out);
+      decode_bfloat16(weight_of(j), row, k, end, !scaled_by_row(f), (uint16_t*)out, ahead);
     }
   }
 }
@@ -240,21 +243,17 @@ void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, const uint8_t
 template <Tiles KIND>
 void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1, uint8_t* scratch) {
   const zp_format& f = *j.format;
-  bool lie = as_they_lie<KIND>(f) && (n1 - n0) % PAIR == 0;
+  bool lie = as_they_lie<KIND>(j) && (n1 - n0) % PAIR == 0;
   int64_t count = steps(j, KIND), pass = pass_steps(j, KIND), rows = n1 - n0, squares = (rows + PAIR - 1) / PAIR;
   int64_t stride = panel_stride(j, KIND), row_bytes = lie ? j.row_bytes : stride;
   float* sums = (float*)(scratch + squares * PAIR * stride);
   const Epilogue epilogue(j, KIND, n0, n1);
+  int64_t ahead = pass == count ? AHEAD : 4 * j.row_bytes;                // the same columns of a later row
   int64_t lines = has_few_tokens(j) ? 0 : 2 * TILE_BYTES / 64 / squares;  // of the next unit, fetched in a step
   for (int64_t s0 = 0; s0 < count; s0 += pass) {
     int64_t part = count - s0 < pass ? count - s0 : pass, k0 = s0 * columns_of(KIND);
     int64_t k1 = f.k < k0 + part * columns_of(KIND) ? f.k : k0 + part * columns_of(KIND);
     for (int64_t r = 0; !lie && r < rows; r++) {
-      const uint8_t* packed = j.packed + (n0 + r) * j.row_bytes;
-      // What is unpacked soon: further on where rows are read to their ends, else the next pass, else the next panel.
-      const uint8_t* ahead = pass == count       ? packed + AHEAD
-                             : s0 + part < count ? packed + k1 * f.bits / 8
-                                                 : packed + rows * j.row_bytes;
       unpack_row<KIND>(j, n0 + r, k0, k1, ahead, scratch + r * row_bytes);
     }
     const uint8_t* panel = lie ? j.packed + n0 * j.row_bytes + s0 * 64 : scratch;

@@ -213,14 +213,16 @@ inline bool scaled_by_row(const zp_format& f) {
 }
 
 // Columns [k0, k1) of a row, at most MOST of them, and zeros up to whole vectors of 32. k0 is a multiple of 32 and so
-// are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one.
-inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out) {
+// are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one. Of 16
+// bits, what lies `ahead` bytes further on is fetched, a line at a time.
+inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out,
+                            int64_t ahead = AHEAD) {
   const zp_format& f = *w.format;
   int64_t count = k1 - k0;
   if (f.kind == ZP_BFLOAT16 || f.kind == ZP_FLOAT16) {
     const uint16_t* p = (const uint16_t*)w.packed + row * f.k + k0;
     for (int64_t i = 0; i < count; i += 32) {
-      __builtin_prefetch((const uint8_t*)(p + i) + AHEAD);
+      __builtin_prefetch((const uint8_t*)(p + i) + ahead);
       __m512i words = _mm512_maskz_loadu_epi16(count - i >= 32 ? ~0u : (1u << (count - i)) - 1, p + i);
       if (f.kind == ZP_FLOAT16) {
         F low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));

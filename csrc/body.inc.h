@@ -264,18 +264,21 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
     if (amax - amax != 0) scale = __builtin_nanf("");  // Inf or NaN in, NaN out
     F factor = set1(inverse), divisor = set1(scale > 0 ? scale : 1.0f), minus_divisor = sub(zero(), divisor);
     F total[2] = {zero(), zero()};
-    auto put = [&](int64_t i, F ratio) INLINE {
-      F rounded = round_even(ratio);
-      store_i16(q + i, rounded);
-      F& sum = total[i / W % 2];
-      sum = add(sum, rounded);
+    auto round_all = [&](auto ratio) INLINE {
+      for (int64_t i = begin; i < end; i += 2 * W) {
+        unroll<2>([&](auto h) INLINE {
+          F rounded = round_even(ratio(load(x + i + h * W)));
+          store_i16(q + i + h * W, rounded);
+          total[h] = add(total[h], rounded);
+        });
+      }
     };
     if (!bytes) {
-      for (int64_t i = begin; i < end; i += W) put(i, mul(load(x + i), factor));
+      round_all([&](F v) INLINE { return mul(v, factor); });
     } else if (scale > 0x1p-60f && scale < 0x1p60f) {
-      for (int64_t i = begin; i < end; i += W) put(i, quotient(load(x + i), divisor, minus_divisor, factor));
+      round_all([&](F v) INLINE { return quotient(v, divisor, minus_divisor, factor); });
     } else {
-      for (int64_t i = begin; i < end; i += W) put(i, div(load(x + i), divisor));
+      round_all([&](F v) INLINE { return div(v, divisor); });
     }
     x_scale[b] = scale;
     x_sum[b] = scale * sum(add(total[0], total[1]));

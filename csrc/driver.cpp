@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int64_t TOKENS_AT_ONCE = 1024;  // bounds the memory that prepared activations take
 constexpr size_t KEEP_BYTES = 64 << 20;   // a thread's workspace larger than this is given back after the call
+constexpr size_t HUGE_PAGE = 2 << 20;
 // Weight bytes times tokens below which a second thread costs more than it gives, and below which one that sleeps does:
 // by the time it is awake, tens of microseconds later, such a job is done.
 constexpr int64_t SERIAL_BYTES = 64 << 10, CALL_BYTES = 1 << 20;
@@ -38,9 +40,13 @@ struct Workspace {
   uint8_t* get(size_t bytes) {
     if (bytes > size) {
       free(data);
-      size = (bytes + 0xffff) & ~(size_t)0xffff;
-      data = (uint8_t*)aligned_alloc(64, size);
+      size_t unit = bytes < HUGE_PAGE ? 1 << 16 : HUGE_PAGE;
+      size = (bytes + unit - 1) & ~(unit - 1);
+      data = (uint8_t*)aligned_alloc(unit < HUGE_PAGE ? 64 : HUGE_PAGE, size);
       if (!data) size = 0;
+#if defined(__linux__)
+      if (data && unit == HUGE_PAGE) madvise(data, size, MADV_HUGEPAGE);  // where refused, small ones serve as well
+#endif
     }
     return data;
   }
