@@ -222,14 +222,14 @@ bool as_they_lie(const Job& j) {
   return same && has_few_tokens(j);
 }
 
-// Columns [k0, k1) of a row as tiles take them. What lies `ahead` bytes further on is fetched meanwhile.
+// Columns [k0, k1) of a row as tiles take them. What lies ahead is fetched meanwhile.
 template <Tiles KIND>
-void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, int64_t ahead, uint8_t* out) {
+void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, Ahead ahead, uint8_t* out) {
   const zp_format& f = *j.format;
   for (int64_t k = k0; k < k1; k += MOST, out += MOST / columns_of(KIND) * 64) {
     int64_t end = k + MOST < k1 ? k + MOST : k1, bytes = (end - k) * f.bits / 8;
     const uint8_t* packed = j.packed + row * j.row_bytes + k * f.bits / 8;
-    for (int64_t i = 0; i < bytes && f.bits < 16; i += 64) __builtin_prefetch(packed + i + ahead);
+    for (int64_t i = 0; i < bytes && !fetched_by_lines(f); i += 64) fetch<64>(packed + i, ahead);
     if constexpr (KIND == Tiles::bytes) {
       unpack(packed, f.bits, end - k, out);
     } else {
@@ -248,7 +248,8 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
   int64_t stride = panel_stride(j, KIND), row_bytes = lie ? j.row_bytes : stride;
   float* sums = (float*)(scratch + squares * PAIR * stride);
   const Epilogue epilogue(j, KIND, n0, n1);
-  int64_t ahead = pass == count ? AHEAD : 4 * j.row_bytes;                // the same columns of a later row
+  Ahead ahead;
+  if (pass < count) ahead.far = ahead.near = 4 * j.row_bytes;             // the same columns of a later row
   int64_t lines = has_few_tokens(j) ? 0 : 2 * TILE_BYTES / 64 / squares;  // of the next unit, fetched in a step
   for (int64_t s0 = 0; s0 < count; s0 += pass) {
     int64_t part = count - s0 < pass ? count - s0 : pass, k0 = s0 * columns_of(KIND);

@@ -71,7 +71,7 @@ void dot_float8_pairs(const Job& j, int64_t m0, int64_t n, const Float8Words& de
   __m512i words[2];
   unroll<MR>([&](auto r) INLINE { acc[r][0] = acc[r][1] = zero(); });
   for (int64_t i = 0; i < k; i += 64) {
-    __builtin_prefetch(p + i + AHEAD);
+    fetch<64>(p + i);
     decode(p + i, k - i, words);
     bool both = k - i > 32;
     unroll<MR>([&](auto r) INLINE {

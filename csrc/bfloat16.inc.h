@@ -182,13 +182,14 @@ struct DecodeCodes {  // integers and codebooks
 
 // scaled: false for a row whose one scale is left out.
 inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale, bool scaled,
-                          uint16_t* out) {
+                          Ahead ahead, uint16_t* out) {
   const zp_format& f = *w.format;
   const Float8Words decode(f);
   const uint8_t* packed = w.packed + row * f.k + k0;
   int64_t left = f.group_size - k0 % f.group_size;
   for (int64_t at = 0; at < count; at += 64) {
     __m512i words[2];
+    fetch<64>(packed + at, ahead);
     decode(packed + at, count - at, words);
     unroll<2>([&](auto h) INLINE {
       int64_t k = at + 32 * h;
@@ -212,17 +213,20 @@ inline bool scaled_by_row(const zp_format& f) {
   return f.kind != ZP_BFLOAT16 && f.kind != ZP_FLOAT16 && f.group_size >= f.k;
 }
 
+// Formats of which decode_bfloat16 fetches what lies ahead, a line with each that it decodes: codes take less than a
+// line at a time.
+inline bool fetched_by_lines(const zp_format& f) { return f.bits == 16 || is_float8(f); }
+
 // Columns [k0, k1) of a row, at most MOST of them, and zeros up to whole vectors of 32. k0 is a multiple of 32 and so
-// are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one. Of 16
-// bits, what lies `ahead` bytes further on is fetched, a line at a time.
+// are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one.
 inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out,
-                            int64_t ahead = AHEAD) {
+                            Ahead ahead = {}) {
   const zp_format& f = *w.format;
   int64_t count = k1 - k0;
   if (f.kind == ZP_BFLOAT16 || f.kind == ZP_FLOAT16) {
     const uint16_t* p = (const uint16_t*)w.packed + row * f.k + k0;
     for (int64_t i = 0; i < count; i += 32) {
-      __builtin_prefetch((const uint8_t*)(p + i) + ahead);
+      fetch<64>(p + i, ahead);
       __m512i words = _mm512_maskz_loadu_epi16(count - i >= 32 ? ~0u : (1u << (count - i)) - 1, p + i);
       if (f.kind == ZP_FLOAT16) {
         F low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
@@ -236,7 +240,7 @@ inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t
   int64_t first_group = k0 / f.group_size;
   grids(w, row, first_group, (k1 - 1) / f.group_size - first_group + 1, scales, offsets);
   if (is_float8(f)) {
-    decode_float8(w, row, k0, count, scales, scaled, out);
+    decode_float8(w, row, k0, count, scales, scaled, ahead, out);
   } else {
     if (!scaled) scales[0] = 1;
     by_bits<DecodeCodes>(f.bits, &w, row, k0, count, (const float*)scales, (const float*)offsets, out);

@@ -285,7 +285,19 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
   }
 }
 
-static constexpr int64_t AHEAD = 6144;  // bytes of weight fetched before they are used, across pages and rows
+// Weights are fetched before they are used, across pages and rows: to the second-level cache, for which more lines can
+// be on their way than to the first, and to this soon before. Distances in bytes.
+struct Ahead {
+  int64_t far = 6144, near = 512;
+};
+
+// STEP: bytes from one call to the next; of few of them unpacking is what takes time, and so one instruction has to do.
+template <int64_t STEP>
+static inline INLINE void fetch(const void* p, Ahead ahead = {}) {
+  constexpr bool TWICE = STEP >= 32;
+  __builtin_prefetch((const uint8_t*)p + ahead.far, 0, TWICE ? 2 : 3);
+  if (TWICE) __builtin_prefetch((const uint8_t*)p + ahead.near);
+}
 
 // --- dot: few tokens, every weight used as soon as it is unpacked ---
 
@@ -468,7 +480,7 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
         }
         int64_t end = c + span < last ? c + span : last;
         for (lane = 0; c < end; c++, lane += lanes.step) {
-          __builtin_prefetch(p + c * CHUNK_BYTES + AHEAD);
+          fetch<CHUNK_BYTES>(p + c * CHUNK_BYTES);
           auto codes = source.codes(p + c * CHUNK_BYTES);
           unroll<MR>([&](auto r) INLINE {
             total[r] = fma(Source::mac(codes, t[r].q + c * BYTES), lanes.take(factor[r], lane), total[r]);
@@ -546,7 +558,7 @@ static void dot_downcast(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
       });
     };
     for (int64_t i = 0; i < whole; i += STEP) {
-      __builtin_prefetch((const uint8_t*)(row + i) + AHEAD);
+      fetch<2 * STEP>(row + i);
       multiply(row + i, i);
     }
     if (whole < k) {

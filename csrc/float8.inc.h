@@ -108,7 +108,7 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
       unroll<MR>([&](auto r) INLINE { unroll<SUMS>([&](auto u) INLINE { part[r][u] = zero(); }); });
       int64_t end = c0 + span < whole ? c0 + span : whole;
       for (int64_t c = c0; c < end; c++) {
-        __builtin_prefetch(p + c * CHUNK + AHEAD);
+        fetch<CHUNK>(p + c * CHUNK);
         use(load_words(p + c * CHUNK, CHUNK), c);
         if (EACH) break;
       }
