@@ -804,6 +804,7 @@ static int64_t read(const uint8_t* data, int64_t bytes) {
   constexpr int64_t SIZE = sizeof(Words);
   Words sums[4] = {};
   for (int64_t i = 0; i + 4 * SIZE <= bytes; i += 4 * SIZE) {
+    unroll<4 * SIZE / 64>([&](auto line) INLINE { fetch<64>(data + i + 64 * line); });
     unroll<4>([&](auto u) INLINE { sums[u] += *(const Words*)(data + i + u * SIZE); });
   }
   sums[0] += sums[1] + sums[2] + sums[3];
