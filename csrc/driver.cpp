@@ -69,12 +69,22 @@ int64_t activation_block(const zp_format& f, bool int8_activations) {
   return 32;
 }
 
+// Neighbouring chunks, which one thread takes one after the other, as long as none has to help it: what it fetches
+// ahead at the end of one is the beginning of the next.
+struct alignas(64) Stretch {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
+constexpr int64_t STRETCHES = 16;  // more threads share them
+
 // Tokens that are prepared together. Where there are several pieces each thread begins with one of its own, whose
 // tokens are then in its cache, and helps with the others afterwards.
 struct alignas(64) Piece {
   Job job;
   int64_t units;
-  std::atomic<int64_t> next_unit{0}, prepared{0}, next_chunk{0};
+  std::atomic<int64_t> next_unit{0}, prepared{0};
+  Stretch stretch[STRETCHES];
 };
 
 constexpr int64_t PIECE = 256, PIECES = TOKENS_AT_ONCE / PIECE;
@@ -87,8 +97,8 @@ int64_t pieces_of(const Job& j, int32_t threads) {
 
 struct Multiply {
   const Isa* isa;
-  int64_t pieces, chunks, rows;  // rows: of weight, in a chunk
-  uint8_t* scratch;              // threads x scratch_bytes
+  int64_t pieces, stretches, rows;  // rows: of weight, in a chunk
+  uint8_t* scratch;                 // threads x scratch_bytes
   size_t scratch_bytes;
   Piece piece[PIECES];
 };
@@ -98,15 +108,17 @@ void run_multiply(void* context, int64_t, int32_t worker) {
   auto& c = *(Multiply*)context;
   for (int64_t i = 0; i < c.pieces; i++) {
     Piece& p = c.piece[(worker + i) % c.pieces];
-    if (p.next_chunk.load(std::memory_order_relaxed) >= c.chunks) continue;
     for (int64_t unit; (unit = p.next_unit.fetch_add(1, std::memory_order_relaxed)) < p.units;) {
       c.isa->prepare(p.job, unit);
       p.prepared.fetch_add(1, std::memory_order_release);
     }
     wait_for(p.prepared, p.units);
-    for (int64_t chunk; (chunk = p.next_chunk.fetch_add(1, std::memory_order_relaxed)) < c.chunks;) {
-      int64_t n = p.job.format->n, n0 = chunk * c.rows, n1 = n0 + c.rows < n ? n0 + c.rows : n;
-      c.isa->multiply(p.job, n0, n1, c.scratch + worker * c.scratch_bytes);
+    for (int64_t s = 0; s < c.stretches; s++) {
+      Stretch& mine = p.stretch[(worker + s) % c.stretches];
+      for (int64_t chunk; (chunk = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.end;) {
+        int64_t n = p.job.format->n, n0 = chunk * c.rows, n1 = n0 + c.rows < n ? n0 + c.rows : n;
+        c.isa->multiply(p.job, n0, n1, c.scratch + worker * c.scratch_bytes);
+      }
     }
   }
 }
@@ -137,12 +149,17 @@ int linear(Job job, int32_t threads) {
     prepared += round_up(isa.prepared_bytes(p.job), 64);
   }
   c.rows = isa.rows(c.piece[0].job, (int32_t)ceil_div(threads, c.pieces));
-  c.chunks = ceil_div(f.n, c.rows);
-  if (threads > c.chunks * c.pieces) threads = (int32_t)(c.chunks * c.pieces);
+  int64_t chunks = ceil_div(f.n, c.rows);
+  if (threads > chunks * c.pieces) threads = (int32_t)(chunks * c.pieces);
+  c.stretches = threads < STRETCHES ? threads : STRETCHES;
   c.scratch_bytes = 0;
   for (int64_t i = 0; i < c.pieces; i++) {
     size_t wanted = round_up(isa.scratch_bytes(c.piece[i].job, c.rows), 64);
     if (wanted > c.scratch_bytes) c.scratch_bytes = wanted;
+    for (int64_t s = 0; s < c.stretches; s++) {
+      c.piece[i].stretch[s].next = s * chunks / c.stretches;
+      c.piece[i].stretch[s].end = (s + 1) * chunks / c.stretches;
+    }
   }
   c.scratch = workspace.get(threads * c.scratch_bytes + prepared + 64);
   if (!c.scratch) return ZP_NO_MEMORY;
