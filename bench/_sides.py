@@ -102,17 +102,26 @@ def quantized(scheme: Scheme, n: int, k: int) -> QTensor:
     return rtn(noise(n, k, torch.float32), scheme)
 
 
-def copies(weight: QTensor, count: int) -> list[QTensor]:
-    """The same weight at `count` places in memory."""
-    return [
-        replace(weight, **{s.lstrip("_") or "packed": p.clone() for s, p in weight.parts.items()})
-        for _ in range(count)
-    ]
+def copies(weight: QTensor, count: int) -> tuple[list[QTensor], Tensor]:
+    """The same weight at `count` places of one stretch of memory, and that stretch as bytes."""
+    sizes = [-part.nbytes // 64 * -64 for part in weight.parts.values()]
+    memory = torch.zeros(count * sum(sizes), dtype=torch.uint8)
+    places = iter(memory.split(sizes * count))
+
+    def placed(part: Tensor) -> Tensor:
+        return next(places)[: part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+
+    names = [suffix.lstrip("_") or "packed" for suffix in weight.parts]
+    made = []
+    for _ in range(count):
+        parts = map(placed, weight.parts.values())
+        made.append(replace(weight, **dict(zip(names, parts, strict=True))))
+    return made, memory
 
 
-def our_calls(weight: QTensor, count: int) -> list[Call]:
-    """x -> y for `count` copies of a weight."""
-    bound = [native.bind_linear(copy) for copy in copies(weight, count)]
+def our_calls(weights: Sequence[QTensor]) -> list[Call]:
+    """x -> y for each weight."""
+    bound = [native.bind_linear(weight) for weight in weights]
     return [lambda x, call=call: call(x, None) for call in bound]
 
 
@@ -144,13 +153,17 @@ def count_for(nbytes: int, cold_bytes: int) -> int:
 # --- ceilings ---
 
 
+def reader(memory: Tensor, threads: int, clock: Clock) -> Callable[[], float]:
+    """Seconds to read it the library's own way."""
+    read = partial(native._library().zp_read_bytes, memory.data_ptr(), memory.nbytes, threads)
+    return partial(seconds_of, read, clock)
+
+
 def readers(plan: Plan, threads: int) -> dict[str, Callable[[], float]]:
     """Seconds to read cold_bytes: the library's own way, and torch's."""
     buffer = torch.ones(plan.cold_bytes // 4)
-    address, size = buffer.data_ptr(), buffer.nbytes
-    read = native._library().zp_read_bytes
     return {
-        "read": partial(seconds_of, partial(read, address, size, threads), plan.clock),
+        "read": reader(buffer, threads, plan.clock),
         "read by torch.sum": partial(seconds_of, buffer.sum, plan.clock),
     }
 

@@ -60,10 +60,12 @@ from _sides import (
     Plan,
     Rates,
     ceilings,
+    copies,
     count_for,
     noise,
     our_calls,
     quantized,
+    reader,
     readers,
     shares,
     torch_calls,
@@ -112,7 +114,9 @@ def _rounds(x: Tensor, rates: Rates, threads: int) -> bool:
 def _cold(
     plan: Plan, rates: Rates, schemes: Sequence[Scheme], shape: tuple[int, int], rounds: int
 ) -> list[Figure]:
-    """A sample is one walk over cold_bytes of weights, or one read of as many bytes."""
+    """A sample is one walk over cold_bytes of weights, or one read of the same memory: two of
+    the same size may differ by a third, where a virtual machine maps one in smaller pages.
+    """
     figures = []
     n, k = shape
     x, dense_x = noise(1, k, plan.dtype), noise(1, k, torch.bfloat16)
@@ -120,21 +124,20 @@ def _cold(
     dense = torch_calls(n, k, torch.bfloat16, count_for(dense_bytes, plan.cold_bytes))
     for threads in plan.threads:
         torch.set_num_threads(threads)
-        reads = readers(plan, threads)
         for scheme in schemes:
             progress(f"cold: {scheme}, {n} x {k}, {threads} threads")
             weight = quantized(scheme, n, k)
-            calls = our_calls(weight, count_for(weight.nbytes, plan.cold_bytes))
+            weights, memory = copies(weight, count_for(weight.nbytes, plan.cold_bytes))
+            calls = our_calls(weights)
             as_bfloat16 = _rounds(x, rates, threads)
             error = check_linear(str(scheme), calls[0](x), x, weight, as_bfloat16=as_bfloat16)
             turns = {
-                **reads,
+                "read": reader(memory, threads, plan.clock),
                 "ours": partial(walk, calls, x, plan.clock),
                 "torch": partial(walk, dense, dense_x, plan.clock),
             }
             samples = take_turns(turns, rounds)
-            both = zip(*(samples[name] for name in reads), strict=True)
-            limit = [plan.cold_bytes / min(seconds) for seconds in both]
+            limit = [memory.nbytes / seconds for seconds in samples["read"]]
             ours = [weight.nbytes / seconds for seconds in samples["ours"]]
             share = statistics.median(a / b for a, b in zip(ours, limit, strict=True))
             torch_seconds = statistics.median(samples["torch"])
@@ -177,7 +180,7 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
             print(f"{scheme} is not measured: {why}")
     round_bytes = sum(w.nbytes for w in weights.values()) + 6 * plan.side**2
     count = count_for(round_bytes, plan.cold_bytes)
-    sides = {name: our_calls(weight, count) for name, weight in weights.items()}
+    sides = {name: our_calls(copies(weight, count)[0]) for name, weight in weights.items()}
     dense = {"torch bfloat16": torch.bfloat16, "torch float32": torch.float32}
     sides |= {
         name: torch_calls(plan.side, plan.side, dtype, count) for name, dtype in dense.items()
@@ -368,7 +371,7 @@ def busy(plan: Plan, rates: Rates) -> list[Figure]:
     """Seconds of single calls, idle and busy in turns."""
     figures = []
     weight = quantized(G64, plan.side, plan.side)
-    ours = our_calls(weight, count_for(weight.nbytes, plan.cold_bytes))
+    ours = our_calls(copies(weight, count_for(weight.nbytes, plan.cold_bytes))[0])
     sides = {str(G64): (ours, noise(1, plan.side, plan.dtype))}
     for dtype in (torch.bfloat16, torch.float32):
         count = count_for(dtype.itemsize * plan.side**2, plan.cold_bytes)
