@@ -114,8 +114,8 @@ void run_multiply(void* context, int64_t, int32_t worker) {
     }
     wait_for(p.prepared, p.units);
     for (int64_t s = 0; s < c.stretches; s++) {
-      Stretch& mine = p.stretch[(worker + s) % c.stretches];
-      for (int64_t chunk; (chunk = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.end;) {
+      Stretch& stretch = p.stretch[(worker + s) % c.stretches];
+      for (int64_t chunk; (chunk = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
         int64_t n = p.job.format->n, n0 = chunk * c.rows, n1 = n0 + c.rows < n ? n0 + c.rows : n;
         c.isa->multiply(p.job, n0, n1, c.scratch + worker * c.scratch_bytes);
       }
