@@ -114,8 +114,8 @@ def _rounds(x: Tensor, rates: Rates, threads: int) -> bool:
 def _cold(
     plan: Plan, rates: Rates, schemes: Sequence[Scheme], shape: tuple[int, int], rounds: int
 ) -> list[Figure]:
-    """A sample is one walk over cold_bytes of weights, or one read of the same memory: two of
-    the same size may differ by a third, where a virtual machine maps one in smaller pages.
+    """A sample is one walk over cold_bytes of weights, or one read of the same memory: on a
+    virtual machine, two buffers of one size were read at speeds that differ by a third.
     """
     figures = []
     n, k = shape

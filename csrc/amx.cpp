@@ -213,8 +213,8 @@ void put_square(const Job& j, const Epilogue& e, float* sums, int64_t m, int64_t
   }
 }
 
-// Few tokens use rows once, and so read those that lie as tiles straight from the weight. For many, rows that lie far
-// apart are copied: lines that are 4096 bytes apart have eight places in the first-level cache.
+// Few tokens use rows once, and so read those that lie as tiles straight from the weight. For many they
+// are copied: tiles load faster from a panel, whose rows are spread over the cache, than a copy costs.
 template <Tiles KIND>
 bool as_they_lie(const Job& j) {
   const zp_format& f = *j.format;

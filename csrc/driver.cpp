@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t TOKENS_AT_ONCE = 1024;  // bounds the memory that prepared activations take
 constexpr size_t KEEP_BYTES = 64 << 20;   // a thread's workspace larger than this is given back after the call
-constexpr size_t HUGE_PAGE = 2 << 20;
+constexpr size_t HUGE_PAGE = 2 << 20;     // a workspace of this size and more is asked for in such pages
 // Weight bytes times tokens below which a second thread costs more than it gives, and below which one that sleeps does:
 // by the time it is awake, tens of microseconds later, such a job is done.
 constexpr int64_t SERIAL_BYTES = 64 << 10, CALL_BYTES = 1 << 20;

@@ -451,7 +451,7 @@ def test_the_number_of_threads_changes_no_bit(name, activations, isa):
         x = noise(m, 256)
         with threads(1):
             alone = kernel.linear(x, weight, None)
-        for count in (2, 3, 1, 16, 2):
+        for count in (2, 3, 1, 16, 20, 2):  # of more than 16, some share a stretch of the rows
             with threads(count):
                 assert torch.equal(kernel.linear(x, weight, None), alone), (m, count)
     assert_linear(alone, x, weight, None, "native")
