@@ -223,24 +223,24 @@ inline __m256i spread(const uint8_t* p, int v) {
   return _mm256_srli_epi16(_mm256_mullo_epi16(pairs, _mm256_load_si256((const __m256i*)s.factors)), 16 - BITS);
 }
 
-// Which of 8 blocks' factors each of the 8 sums of a chunk takes: sum t covers CHUNK / 8 columns from there on, but for
-// odd widths and bytes the first four cover the lower half of the chunk and the others the upper.
+// The factors of the 8 sums of a chunk, of blocks of at least 32 columns: sum t covers CHUNK / 8 columns from there on,
+// but for odd widths and bytes the first four cover the lower half of the chunk and the others the upper.
 template <int CHUNK>
-struct LanesOf {
-  static constexpr int MOST = 8 * 128 / CHUNK;  // chunks that 8 blocks make, but for blocks of whole rows
-  __m256i index[MOST];
-  int64_t step;
-  explicit LanesOf(int64_t block) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    __m256i column = _mm256_mullo_epi32(lane, _mm256_set1_epi32(CHUNK / 8));
-    bool whole = block > 128;
-    step = !whole;
-    for (int i = 0; i < (whole ? 1 : MOST); i++) {
-      index[i] = _mm256_srli_epi32(column, whole ? 31 : __builtin_ctzll(block));
-      column = _mm256_add_epi32(column, _mm256_set1_epi32(CHUNK));
-    }
+struct LanesOf : Positions<CHUNK> {
+  __m256i index;
+  explicit LanesOf(int64_t block) : Positions<CHUNK>(block) {
+    __m256i column = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(CHUNK / 8));
+    index = _mm256_srl_epi32(column, _mm_cvtsi32_si128(this->bits));
   }
-  inline F take(F factors, int64_t i) const { return _mm256_permutevar8x32_ps(factors, index[i]); }
+  template <int BLOCKS>
+  inline F take(const float* factors) const {
+    if constexpr (BLOCKS == 1) return set1(*factors);
+    if constexpr (BLOCKS == 2) {
+      __m256i both = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)factors));
+      return _mm256_permutevar_ps(_mm256_castsi256_ps(both), index);
+    }
+    return _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)factors), index);
+  }
 };
 
 // 8 partial sums of V vectors of 16-bit words times q.

@@ -204,25 +204,26 @@ inline __m512i spread(__m512i packed) {
 
 #include "spread.inc.h"
 
-// Which of 16 blocks' factors each of the 16 sums of a chunk takes: sum t covers CHUNK / 16 columns from there on, or
-// BY_FOUR 16 columns from 16 * (t % 4) on.
+// The factors of the 16 sums of a chunk: sum t covers CHUNK / 16 columns from there on, or BY_FOUR 16 columns from
+// 16 * (t % 4) on.
 template <int CHUNK, bool BY_FOUR = false>
-struct LanesOf {
-  static constexpr int MOST = 16 * 128 / CHUNK;  // chunks that 16 blocks make, but for blocks of whole rows
-  __m512i index[MOST];
-  int64_t step;
-  explicit LanesOf(int64_t block) {
+struct LanesOf : Positions<CHUNK> {
+  __m512i index;
+  explicit LanesOf(int64_t block) : Positions<CHUNK>(block) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i column = BY_FOUR ? _mm512_slli_epi32(_mm512_and_si512(lane, _mm512_set1_epi32(3)), 4)
                              : _mm512_mullo_epi32(lane, _mm512_set1_epi32(CHUNK / 16));
-    bool whole = block > 128;
-    step = !whole;
-    for (int i = 0; i < (whole ? 1 : MOST); i++) {
-      index[i] = _mm512_srli_epi32(column, whole ? 31 : __builtin_ctzll(block));
-      column = _mm512_add_epi32(column, _mm512_set1_epi32(CHUNK));
-    }
+    index = _mm512_srl_epi32(column, _mm_cvtsi32_si128(this->bits));
   }
-  inline F take(F factors, int64_t i) const { return _mm512_permutexvar_ps(index[i], factors); }
+  template <int BLOCKS>
+  inline F take(const float* factors) const {
+    if constexpr (BLOCKS == 1) return set1(*factors);
+    if constexpr (BLOCKS == 2) {
+      __m512i both = _mm512_broadcastq_epi64(_mm_loadl_epi64((const __m128i*)factors));
+      return _mm512_permutevar_ps(_mm512_castsi512_ps(both), index);
+    }
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(factors)), index);
+  }
 };
 
 // Codes as bytes, q as Q planes of them. Codes of a chunk: 4 bits as even and odd columns, 2 bits as the columns 0, 1,

@@ -291,10 +291,11 @@ struct Ahead {
   int64_t far = 6144, near = 512;
 };
 
-// STEP: bytes from one call to the next; of few of them unpacking is what takes time, and so one instruction has to do.
+// STEP: bytes from one call to the next; of few of them unpacking is what takes time, with short vectors more of it,
+// and so one instruction has to do.
 template <int64_t STEP>
 static inline INLINE void fetch(const void* p, Ahead ahead = {}) {
-  constexpr bool TWICE = STEP >= 32;
+  constexpr bool TWICE = STEP * W >= 512;
   __builtin_prefetch((const uint8_t*)p + ahead.far, 0, TWICE ? 2 : 3);
   if (TWICE) __builtin_prefetch((const uint8_t*)p + ahead.near);
 }
@@ -440,12 +441,12 @@ struct Blocks {
 template <class Source, int MR>
 static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   constexpr int CHUNK = Source::CHUNK, CHUNK_BYTES = CHUNK * Source::BITS / 8, BYTES = Source::BYTES;
-  constexpr int TOGETHER = 4;  // rows whose sums are added up at the same time
+  constexpr int TOGETHER = 4;                          // rows whose sums are added up at the same time
+  constexpr int PAIR = 2 * CHUNK_BYTES <= 64 ? 2 : 1;  // chunks for which one line is fetched
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
   const int64_t last = (f.k + CHUNK - 1) / CHUNK - 1, last_bytes = j.row_bytes - last * CHUNK_BYTES;
-  const int64_t span = j.block > f.k ? last + 1 : W * j.block / CHUNK;  // chunks that W blocks make
-  const bool by_row = is_integer(j) && f.group_size >= f.k;             // one scale: applied at the end
+  const bool by_row = is_integer(j) && f.group_size >= f.k;  // one scale: applied at the end
   Token t[MR];
   Outputs<MR> outputs(j, m0, n0);
   outputs.scaled = !by_row;
@@ -456,6 +457,11 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   const F half = set1(Source::HALF);
   const Blocks blocks(j);
   const typename Source::Lanes lanes(j.block);
+  const int64_t stride = j.blocks + PAD;
+  float* factors = (float*)__builtin_alloca(MR * stride * 4);  // of a row: scale * x_scale
+  for (int64_t i = 0; i < MR * stride; i++) factors[i] = 0;
+  const float* factor[MR];
+  for (int r = 0; r < MR; r++) factor[r] = by_row ? t[r].scale : factors + r * stride;
   alignas(64) float own[16];
   Source source{IntegerLevels(levels_of(w, n0, own))};
   alignas(64) float totals[MR][TOGETHER][W];
@@ -464,34 +470,34 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
     for (int64_t i = 0; i < rows;
          i++) {  // not unrolled: hardware fetches ahead of one instruction that reads on and on
       const uint8_t* p = j.packed + (n + i) * j.row_bytes;
-      F total[MR], factor[MR];  // total starts at minus the correction of every block
+      F total[MR];
       unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
       if (w.levels) source = Source(IntegerLevels(levels_of(w, n + i, own)));
-      int64_t c = 0, lane = 0;
-      for (int64_t b = 0; b < j.blocks; b += W) {
-        if (by_row) {
-          unroll<MR>([&](auto r) INLINE { factor[r] = load(t[r].scale + b); });
-        } else {  // factor = scale * x_scale; correction = sum of scale * offset * x_sum
-          F scale = blocks.scales(n + i, b), minus = mul(add(blocks.zero_points(n + i, b), half), scale);
-          unroll<MR>([&](auto r) INLINE {
-            factor[r] = mul(scale, load(t[r].scale + b));
-            total[r] = sub(total[r], mul(minus, load(t[r].sum + b)));
-          });
-        }
-        int64_t end = c + span < last ? c + span : last;
-        for (lane = 0; c < end; c++, lane += lanes.step) {
-          fetch<CHUNK_BYTES>(p + c * CHUNK_BYTES);
-          auto codes = source.codes(p + c * CHUNK_BYTES);
-          unroll<MR>([&](auto r) INLINE {
-            total[r] = fma(Source::mac(codes, t[r].q + c * BYTES), lanes.take(factor[r], lane), total[r]);
-          });
-        }
+      for (int64_t b = 0; b < j.blocks && !by_row; b += W) {  // first the sum of scale * offset * x_sum is taken away
+        F scale = blocks.scales(n + i, b), minus = mul(add(blocks.zero_points(n + i, b), half), scale);
+        unroll<MR>([&](auto r) INLINE {
+          store(factors + r * stride + b, mul(scale, load(t[r].scale + b)));
+          total[r] = sub(total[r], mul(minus, load(t[r].sum + b)));
+        });
       }
-      auto codes = source.codes_part(p + last * CHUNK_BYTES, last_bytes);
-      unroll<MR>([&](auto r) INLINE {
-        F part = fma(Source::mac(codes, t[r].q + last * BYTES), lanes.take(factor[r], lane), total[r]);
-        store(totals[r][i], mul(part, set1(source.unit)));
+      lanes.by_blocks([&](auto blocks_of_chunk) INLINE {
+        auto use = [&](const auto& codes, int64_t c, int64_t at) INLINE {
+          unroll<MR>([&](auto r) INLINE {
+            F each = lanes.template take<blocks_of_chunk>(factor[r] + at);
+            total[r] = fma(Source::mac(codes, t[r].q + c * BYTES), each, total[r]);
+          });
+        };
+        int64_t c = 0;
+        for (; c + PAIR <= last; c += PAIR) {
+          fetch<PAIR * CHUNK_BYTES>(p + c * CHUNK_BYTES);
+          int64_t at = lanes.first(c);
+          unroll<PAIR>([&](auto u)
+                           INLINE { use(source.codes(p + (c + u) * CHUNK_BYTES), c + u, at + u * lanes.step); });
+        }
+        for (; c < last; c++) use(source.codes(p + c * CHUNK_BYTES), c, lanes.first(c));
+        use(source.codes_part(p + last * CHUNK_BYTES, last_bytes), last, lanes.first(last));
       });
+      unroll<MR>([&](auto r) INLINE { store(totals[r][i], mul(total[r], set1(source.unit))); });
     }
     for (int r = 0; r < MR; r++) {
       float* y = outputs.of(r);

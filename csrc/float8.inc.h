@@ -85,12 +85,13 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   const LanesOf<CHUNK> lanes(j.block);
   const int64_t stride = float8_stride(j), padded = round_up(f.k, 128), whole = f.k / CHUNK;
   const int64_t span = EACH ? 1 : by_row ? whole : j.block / CHUNK;  // chunks that share their factors
-  const int64_t vector = by_row ? whole + 1 : W * j.block / CHUNK;   // chunks that W blocks make
   const float* x = (const float*)j.prepared + m0 * stride;
+  float* scales = (float*)__builtin_alloca((j.blocks + PAD) * 4);  // of a row
+  for (int64_t i = 0; i < j.blocks + PAD; i++) scales[i] = by_row ? 1.0f : 0.0f;
   Outputs<MR> outputs(j, m0, n0);
   for (int64_t n = n0; n < n1; n++) {
     const uint8_t* p = j.packed + n * f.k;
-    F total[MR], part[MR][SUMS], scale = set1(1.0f);
+    F total[MR], part[MR][SUMS];
     Largest seen;
     unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
     auto use = [&](Words words, int64_t c) INLINE {
@@ -103,8 +104,8 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
         });
       });
     };
-    for (int64_t c0 = 0, lane = 0; c0 * CHUNK < f.k; c0 += span, lane = lane + span < vector ? lane + span : 0) {
-      if (!by_row && lane == 0) scale = blocks.scales(n, c0 * CHUNK / j.block);
+    for (int64_t b = 0; b < j.blocks && !by_row; b += W) store(scales + b, blocks.scales(n, b));
+    for (int64_t c0 = 0; c0 * CHUNK < f.k; c0 += span) {
       unroll<MR>([&](auto r) INLINE { unroll<SUMS>([&](auto u) INLINE { part[r][u] = zero(); }); });
       int64_t end = c0 + span < whole ? c0 + span : whole;
       for (int64_t c = c0; c < end; c++) {
@@ -113,7 +114,7 @@ static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
         if (EACH) break;
       }
       if ((by_row || c0 + span > whole) && f.k % CHUNK) use(load_words(p + whole * CHUNK, f.k % CHUNK), whole);
-      F factor = by_row ? scale : lanes.take(scale, lane);
+      F factor = lanes.template take<EACH ? LanesOf<CHUNK>::MOST : 1>(scales + lanes.first(c0));
       unroll<MR>([&](auto r) INLINE {
         F both = add(part[r][0], part[r][1]);
         if constexpr (SUMS == 4) both = add(both, add(part[r][2], part[r][3]));

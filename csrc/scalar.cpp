@@ -99,10 +99,12 @@ struct Scalar {
     for (int i = 0; i < CHUNK; i++) total += c.v[i] * x[i];
     return (float)total;
   }
-  struct Lanes {
-    static constexpr int64_t step = 0;
-    explicit Lanes(int64_t) {}
-    inline F take(F factor, int64_t) const { return factor; }
+  struct Lanes : Positions<CHUNK> {
+    explicit Lanes(int64_t block) : Positions<CHUNK>(block) {}
+    template <int>
+    inline F take(const float* factors) const {
+      return *factors;
+    }
   };
 };
 

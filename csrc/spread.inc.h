@@ -1,5 +1,5 @@
-// Codes: eight at a time between BITS bytes and eight bytes; levels of a codebook as integers. Included inside each
-// instruction set's namespace, as body.inc.h is.
+// Codes: eight at a time between BITS bytes and eight bytes; levels of a codebook as integers; where the factors of a
+// chunk of codes lie. Included inside each instruction set's namespace, as body.inc.h is.
 
 // The lowest `bits` bits of every `lane` bits.
 constexpr uint64_t lanes_of(int bits, int lane) {
@@ -133,5 +133,22 @@ struct IntegerLevels {
     bits = (exponent - 14) << 23;
     __builtin_memcpy(&unit, &bits, 4);
     for (int c = 0; c < 16; c++) value[c] = (int16_t)__builtin_rintf(level[c] / unit);
+  }
+};
+
+// Where the factors of each CHUNK columns begin among those of the blocks of a row.
+template <int CHUNK>
+struct Positions {
+  static constexpr int MOST = CHUNK / 32 > 1 ? CHUNK / 32 : 1;  // blocks of a chunk, none shorter than 32 columns
+  int bits;                                                     // block = 2^bits
+  int64_t step;                                                 // from a chunk of even number to the next
+  explicit Positions(int64_t block) : bits(__builtin_ctzll(block)), step((int64_t)CHUNK >> bits) {}
+  inline int64_t first(int64_t chunk) const { return chunk * CHUNK >> bits; }
+  // f(how many blocks a chunk has): 1, 2 or 4.
+  template <class Function>
+  inline INLINE void by_blocks(const Function& f) const {
+    if (MOST >= 4 && step == 4) return f(Index<MOST >= 4 ? 4 : 1>());
+    if (MOST >= 2 && step == 2) return f(Index<MOST >= 2 ? 2 : 1>());
+    f(Index<1>());
   }
 };
