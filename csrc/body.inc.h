@@ -288,15 +288,15 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
 // Weights are fetched before they are used, across pages and rows: to the second-level cache, for which more lines can
 // be on their way than to the first, and to this soon before. Distances in bytes.
 struct Ahead {
-  int64_t far = 6144, near = 512;
+  int64_t far = 6144, near = 512, soon = 1536;
 };
 
 // STEP: bytes from one call to the next; of few of them unpacking is what takes time, with short vectors more of it,
-// and so one instruction has to do.
-template <int64_t STEP>
+// and so one instruction has to do. SOON: for what is used nearly as fast as it can be read, by short vectors.
+template <int64_t STEP, bool SOON = false>
 static inline INLINE void fetch(const void* p, Ahead ahead = {}) {
-  constexpr bool TWICE = STEP * W >= 512;
-  __builtin_prefetch((const uint8_t*)p + ahead.far, 0, TWICE ? 2 : 3);
+  constexpr bool TWICE = STEP * W >= 512 && !SOON;
+  __builtin_prefetch((const uint8_t*)p + (SOON ? ahead.soon : ahead.far), 0, TWICE ? 2 : 3);
   if (TWICE) __builtin_prefetch((const uint8_t*)p + ahead.near);
 }
 
@@ -441,8 +441,9 @@ struct Blocks {
 template <class Source, int MR>
 static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   constexpr int CHUNK = Source::CHUNK, CHUNK_BYTES = CHUNK * Source::BITS / 8, BYTES = Source::BYTES;
-  constexpr int TOGETHER = 4;                          // rows whose sums are added up at the same time
-  constexpr int PAIR = 2 * CHUNK_BYTES <= 64 ? 2 : 1;  // chunks for which one line is fetched
+  constexpr int TOGETHER = 4;                                     // rows whose sums are added up at the same time
+  constexpr bool AT_ONCE = W == 8 && Source::BITS == 8;           // used nearly as fast as they can be read
+  constexpr int PAIR = AT_ONCE || 2 * CHUNK_BYTES <= 64 ? 2 : 1;  // chunks of one turn of the loop
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
   const int64_t last = (f.k + CHUNK - 1) / CHUNK - 1, last_bytes = j.row_bytes - last * CHUNK_BYTES;
@@ -489,7 +490,10 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
         };
         int64_t c = 0;
         for (; c + PAIR <= last; c += PAIR) {
-          fetch<PAIR * CHUNK_BYTES>(p + c * CHUNK_BYTES);
+          constexpr int LINES = (PAIR * CHUNK_BYTES + 63) / 64;
+          unroll<LINES>([&](auto line) INLINE {
+            fetch<PAIR * CHUNK_BYTES / LINES, AT_ONCE && MR == 1>(p + c * CHUNK_BYTES + 64 * line);
+          });
           int64_t at = lanes.first(c);
           unroll<PAIR>([&](auto u)
                            INLINE { use(source.codes(p + (c + u) * CHUNK_BYTES), c + u, at + u * lanes.step); });
