@@ -17,8 +17,8 @@
 //   unpack, pack   codes of a packed row <-> one byte each
 //   Integer<BITS, Q>, Codebook   codes of a packed row as integers, and activations of Q bytes to multiply them by:
 //       CHUNK codes of BITS bits at a time, from a row (codes, codes_part), and BYTES of activations (arrange); mac: W
-//       sums of their products, Lanes: which of W blocks' factors these take, chunk by chunk; real = scale * unit *
-//       (sum - HALF * sum of activations)
+//       sums of their products; Lanes: Positions of a chunk's factors, and take: a vector of those, each sum its own;
+//       real = scale * unit * (sum - HALF * sum of activations)
 
 // --- weights ---
 
