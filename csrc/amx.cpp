@@ -3,7 +3,11 @@
 //   C (16 rows of weight, 16 tokens) += A (16 rows, 64 bytes of K) * B (64 bytes of K, 16 tokens, K in fours of bytes)
 //
 // Weight rows are A as they lie in the panel; tokens are arranged once as B. bfloat16 tokens take every format, with
-// the scale of a group folded into a bfloat16 panel; int8 tokens take integer weights with one scale a row.
+// the scale of a group folded into a bfloat16 panel; int8 tokens take integer weights with one scale a row. Of float32
+// and float16 tokens, each value is the sum of two bfloat16, 16 bits and a sign, and so is a weight that is none
+// itself:
+//
+//   x * w  =  x0 * w0 + x0 * w1 + x1 * w0,  but for x1 * w1, which is 2^-18 of it and left out
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -21,18 +25,32 @@ constexpr int64_t PAIR = 2 * SIDE;       // two by two tiles of sums at a time: 
 constexpr int64_t ROWS = 256;            // of a panel of many tokens, and
 constexpr int64_t TOKENS_AT_HAND = 512;  // tokens whose sums are kept with it in the second-level cache
 
-enum class Tiles { none, bfloat16, bytes };
+enum class Tiles { none, bfloat16, bytes, two_by_one, two_by_two };  // parts of a token by parts of a weight
+
+constexpr int token_parts(Tiles t) { return t == Tiles::two_by_one || t == Tiles::two_by_two ? 2 : 1; }
+constexpr int weight_parts(Tiles t) { return t == Tiles::two_by_two ? 2 : 1; }
+
+// Whether one bfloat16 holds any of its codes, but for the scale of the row.
+bool is_bfloat16(const zp_format& f) {
+  if (f.kind == ZP_INTEGER) return scaled_by_row(f) && !f.float_zero_point;
+  return f.kind == ZP_BFLOAT16 || (is_float8(f) && scaled_by_row(f));
+}
 
 Tiles of_many(const Job& j) {
   if (j.int8_activations) return is_integer(j) && j.blocks == 1 ? Tiles::bytes : Tiles::none;
-  return j.x_dtype == ZP_BF16 ? Tiles::bfloat16 : Tiles::none;
+  if (j.x_dtype == ZP_BF16) return Tiles::bfloat16;
+  return is_bfloat16(*j.format) ? Tiles::two_by_one : Tiles::two_by_two;
 }
 
-// Few tokens of integers and codebooks are multiplied with 15 or 16 bits each, one or two of float8 in float32.
+// Below these, integers and codebooks are multiplied with 15 or 16 bits of a token, others in float32.
 bool tile_amx(const Job& j) {
   Tiles t = of_many(j);
   if (t == Tiles::none) return tile512(j);
   const zp_format& f = *j.format;
+  if (token_parts(t) == 2) {
+    bool small = is_integer(j) || f.kind == ZP_CODEBOOK;
+    return j.m >= (weight_parts(t) == 1 ? (small ? 12 : 4) : (small ? 14 : 9));
+  }
   if (f.kind == ZP_BFLOAT16) return true;
   if (is_float8(f)) return j.m >= (scaled_by_row(f) ? 2 : 3);
   return j.m >= 5;
@@ -41,6 +59,9 @@ bool tile_amx(const Job& j) {
 Tiles tiles(const Job& j) { return j.tiled ? of_many(j) : Tiles::none; }
 
 constexpr int64_t columns_of(Tiles t) { return t == Tiles::bytes ? 64 : 32; }  // of a step
+
+constexpr int64_t token_step(Tiles t) { return 2 * TILE_BYTES * token_parts(t); }  // bytes of 32 tokens
+constexpr int64_t row_step(Tiles t) { return 64 * weight_parts(t); }               // bytes of a row of the panel
 
 int64_t steps(const Job& j, Tiles t) { return (j.format->k + columns_of(t) - 1) / columns_of(t); }
 
@@ -51,39 +72,58 @@ int64_t units(const Job& j) { return (j.m + PAIR - 1) / PAIR; }
 bool has_few_tokens(const Job& j) { return units(j) <= 4; }
 
 int64_t pass_steps(const Job& j, Tiles t) {
-  int64_t most = has_few_tokens(j) ? 128 : 18, count = steps(j, t), passes = (count + most - 1) / most;
+  int64_t most = (has_few_tokens(j) ? 128 : 18) / token_parts(t), count = steps(j, t),
+          passes = (count + most - 1) / most;
   return (count + passes - 1) / passes;
 }
 
 // Of a row of a panel: an odd number of lines, which spreads rows over the cache.
-int64_t panel_stride(const Job& j, Tiles t) { return (pass_steps(j, t) / 2 * 2 + 1) * 64; }
+int64_t panel_stride(const Job& j, Tiles t) { return (pass_steps(j, t) * weight_parts(t) / 2 * 2 + 1) * 64; }
 
 int64_t panel_rows(const Job& j) { return has_few_tokens(j) ? PAIR : ROWS; }
 
-// prepared: [pass][unit of 32 tokens][step][2 tiles][16 words of K][16 tokens] words; then for bytes [m] x_scale and
-// [m] x_sum.
+// prepared: [pass][unit of 32 tokens][step][part][2 tiles][16 words of K][16 tokens] words; then for bytes [m] x_scale
+// and [m] x_sum.
 uint8_t* arranged(const Job& j, Tiles t, int64_t unit, int64_t step) {
   int64_t pass = pass_steps(j, t), first = step / pass * pass, count = steps(j, t) - first;
   if (count > pass) count = pass;
-  return j.prepared + (first * units(j) + unit * count + step - first) * 2 * TILE_BYTES;
+  return j.prepared + (first * units(j) + unit * count + step - first) * token_step(t);
 }
 
 float* byte_scales(const Job& j) { return (float*)(j.prepared + units(j) * steps(j, Tiles::bytes) * 2 * TILE_BYTES); }
 
+// 32 columns of a token, of which the others than `columns` are 0.
+template <int PARTS>
+inline INLINE Words32<PARTS> token_words(const Job& j, int64_t m, int64_t k, __mmask32 columns) {
+  const uint8_t* row = x_row(j, m);
+  if constexpr (PARTS == 1) return {{_mm512_maskz_loadu_epi16(columns, (const uint16_t*)row + k)}};
+  if (j.x_dtype == ZP_F32) {
+    const float* x = (const float*)row + k;
+    return rounded<PARTS>(_mm512_maskz_loadu_ps((__mmask16)columns, x),
+                          _mm512_maskz_loadu_ps((__mmask16)(columns >> 16), x + W));
+  }
+  __m512i x = _mm512_maskz_loadu_epi16(columns, (const uint16_t*)row + k);
+  return rounded<PARTS>(_mm512_cvtph_ps(_mm512_castsi512_si256(x)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1)));
+}
+
+template <Tiles KIND>
 void prepare_bfloat16(const Job& j, int64_t unit) {
-  int64_t k = j.format->k, count = steps(j, Tiles::bfloat16);
+  constexpr int PARTS = token_parts(KIND);
+  int64_t k = j.format->k, count = steps(j, KIND);
   for (int64_t s = 0; s < count; s++) {
     __mmask32 columns = k - 32 * s >= 32 ? ~0u : (1u << (k - 32 * s)) - 1;
-    float* out = (float*)arranged(j, Tiles::bfloat16, unit, s);
+    float* out = (float*)arranged(j, KIND, unit, s);
     for (int64_t half = 0; half < 2; half++) {
-      F words[SIDE];
+      F words[PARTS][SIDE];
       unroll<SIDE>([&](auto t) INLINE {
         int64_t m = unit * PAIR + half * SIDE + t;
-        const uint16_t* x = (const uint16_t*)x_row(j, m < j.m ? m : 0) + 32 * s;
-        words[t] = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(m < j.m ? columns : 0, x));
+        auto token = token_words<PARTS>(j, m < j.m ? m : 0, 32 * s, m < j.m ? columns : 0);
+        unroll<PARTS>([&](auto p) INLINE { words[p][t] = _mm512_castsi512_ps(token.part[p]); });
       });
-      transpose(words);
-      unroll<SIDE>([&](auto w) INLINE { store(out + (half * SIDE + w) * SIDE, words[w]); });
+      unroll<PARTS>([&](auto p) INLINE {
+        transpose(words[p]);
+        unroll<SIDE>([&](auto w) INLINE { store(out + ((2 * p + half) * SIDE + w) * SIDE, words[p][w]); });
+      });
     }
   }
 }
@@ -117,8 +157,8 @@ void prepare_bytes(const Job& j, int64_t unit) {
   }
 }
 
-// sums (32 rows, 32 tokens) = or += rows (32, 64 bytes a step) * x; MANY: more than 16 tokens. Of `next`, `lines` of 64
-// bytes are fetched in each step, and the sums behind these.
+// sums (32 rows, 32 tokens) = or += rows (32, row_step bytes a step) * x; MANY: more than 16 tokens. Of `next`, `lines`
+// of 64 bytes are fetched in each step, and the sums behind these.
 template <Tiles KIND, bool MANY>
 __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t* x, int64_t count,
                                               bool first, float* sums, const uint8_t* next, int64_t lines) {
@@ -131,21 +171,36 @@ __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_b
       tile_bfloat16<acc, a, b>();
     }
   };
-  unroll<4>([&](auto i) INLINE {
-    if constexpr (!MANY && i % 2 == 1) return;
-    first ? tile_zero<i>() : tile_load<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
-  });
-  for (int64_t s = 0; s < count; s++, rows += 64, x += 2 * TILE_BYTES) {
-    for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    if (!first) unroll<3>([&](auto i) INLINE { __builtin_prefetch(c + PAIR * STRIDE + 64 * (3 * s + i), 1); });
-    tile_load<6>(x, 64);  // all loads first: where they and products take turns, the fewer turns the better
-    tile_load_once<4>(rows, row_bytes);
-    if constexpr (MANY) tile_load<7>(x + TILE_BYTES, 64);
-    tile_load_once<5>(rows + SIDE * row_bytes, row_bytes);
+  auto dots = [&]() INLINE {
     dot(Index<0>(), Index<4>(), Index<6>());
     if constexpr (MANY) dot(Index<1>(), Index<4>(), Index<7>());
     dot(Index<2>(), Index<5>(), Index<6>());
     if constexpr (MANY) dot(Index<3>(), Index<5>(), Index<7>());
+  };
+  unroll<4>([&](auto i) INLINE {
+    if constexpr (!MANY && i % 2 == 1) return;
+    first ? tile_zero<i>() : tile_load<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
+  });
+  const uint8_t* below = rows + SIDE * row_bytes;
+  for (int64_t s = 0; s < count; s++, rows += row_step(KIND), below += row_step(KIND), x += token_step(KIND)) {
+    constexpr int64_t LAST = row_step(KIND) - 64, AHEAD = token_parts(KIND) == 2 ? 7 : 3;
+    for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    if (!first) unroll<AHEAD>([&](auto i) INLINE { __builtin_prefetch(c + PAIR * STRIDE + 64 * (AHEAD * s + i), 1); });
+    tile_load<6>(x, 64);  // all loads first: where they and products take turns, the fewer turns the better
+    tile_load_once<4>(rows + LAST, row_bytes);
+    if constexpr (MANY) tile_load<7>(x + TILE_BYTES, 64);
+    tile_load_once<5>(below + LAST, row_bytes);
+    dots();
+    if constexpr (LAST != 0) {  // the first part of the weights
+      tile_load_once<4>(rows, row_bytes);
+      tile_load_once<5>(below, row_bytes);
+      dots();
+    }
+    if constexpr (token_parts(KIND) == 2) {  // the second part of the tokens
+      tile_load<6>(x + 2 * TILE_BYTES, 64);
+      if constexpr (MANY) tile_load<7>(x + 3 * TILE_BYTES, 64);
+      dots();
+    }
   }
   unroll<4>([&](auto i) INLINE {
     if constexpr (!MANY && i % 2 == 1) return;
@@ -160,7 +215,7 @@ struct Epilogue {
 
   Epilogue(const Job& j, Tiles t, int64_t begin, int64_t end) : n0(begin), n1(end) {
     const zp_weight w = weight_of(j);
-    bool scaled = t == Tiles::bfloat16 && !scaled_by_row(*j.format);  // weights of the panel had their scales
+    bool scaled = t != Tiles::bytes && !scaled_by_row(*j.format);  // weights of the panel had their scales
     for (int64_t i = 0; i < round_up(n1 - n0, PAIR); i++) {
       bool there = n0 + i < n1;
       scale[i] = there && !scaled ? scale_of(w, n0 + i, 0) : 1;
@@ -226,14 +281,14 @@ bool as_they_lie(const Job& j) {
 template <Tiles KIND>
 void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, Ahead ahead, uint8_t* out) {
   const zp_format& f = *j.format;
-  for (int64_t k = k0; k < k1; k += MOST, out += MOST / columns_of(KIND) * 64) {
+  for (int64_t k = k0; k < k1; k += MOST, out += MOST / columns_of(KIND) * row_step(KIND)) {
     int64_t end = k + MOST < k1 ? k + MOST : k1, bytes = (end - k) * f.bits / 8;
     const uint8_t* packed = j.packed + row * j.row_bytes + k * f.bits / 8;
     for (int64_t i = 0; i < bytes && !fetched_by_lines(f); i += 64) fetch<64>(packed + i, ahead);
     if constexpr (KIND == Tiles::bytes) {
       unpack(packed, f.bits, end - k, out);
     } else {
-      decode_bfloat16(weight_of(j), row, k, end, !scaled_by_row(f), (uint16_t*)out, ahead);
+      decode_bfloat16<weight_parts(KIND)>(weight_of(j), row, k, end, !scaled_by_row(f), (uint16_t*)out, ahead);
     }
   }
 }
@@ -249,21 +304,21 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
   float* sums = (float*)(scratch + squares * PAIR * stride);
   const Epilogue epilogue(j, KIND, n0, n1);
   Ahead ahead;
-  if (pass < count) ahead.far = ahead.near = 4 * j.row_bytes;             // the same columns of a later row
-  int64_t lines = has_few_tokens(j) ? 0 : 2 * TILE_BYTES / 64 / squares;  // of the next unit, fetched in a step
+  if (pass < count) ahead.far = ahead.near = 4 * j.row_bytes;               // the same columns of a later row
+  int64_t lines = has_few_tokens(j) ? 0 : token_step(KIND) / 64 / squares;  // of the next unit, fetched in a step
   for (int64_t s0 = 0; s0 < count; s0 += pass) {
     int64_t part = count - s0 < pass ? count - s0 : pass, k0 = s0 * columns_of(KIND);
     int64_t k1 = f.k < k0 + part * columns_of(KIND) ? f.k : k0 + part * columns_of(KIND);
     for (int64_t r = 0; !lie && r < rows; r++) {
       unpack_row<KIND>(j, n0 + r, k0, k1, ahead, scratch + r * row_bytes);
     }
-    const uint8_t* panel = lie ? j.packed + n0 * j.row_bytes + s0 * 64 : scratch;
+    const uint8_t* panel = lie ? j.packed + n0 * j.row_bytes + s0 * row_step(KIND) : scratch;
     for (int64_t u = u0; u < u1; u++) {
       const uint8_t* x = arranged(j, KIND, u, s0);
       for (int64_t i = 0; i < squares; i++) {
         float* square = sums + ((u - u0) * squares + i) * PAIR * PAIR;
         const uint8_t* a = panel + i * PAIR * row_bytes;
-        const uint8_t* next = x + part * 2 * TILE_BYTES + i * part * lines * 64;
+        const uint8_t* next = x + part * token_step(KIND) + i * part * lines * 64;
         if (j.m - u * PAIR > SIDE) {
           multiply_tiles<KIND, true>(a, row_bytes, x, part, s0 == 0, square, next, lines);
         } else {
@@ -295,13 +350,17 @@ int64_t tokens_amx(const Job& j) { return tiles(j) == Tiles::none ? tokens512(j)
 size_t prepared_bytes_amx(const Job& j) {
   Tiles t = tiles(j);
   if (t == Tiles::none) return prepared_bytes512(j);
-  return units(j) * steps(j, t) * 2 * TILE_BYTES + (t == Tiles::bytes ? 2 * units(j) * PAIR * 4 : 0);
+  return units(j) * steps(j, t) * token_step(t) + (t == Tiles::bytes ? 2 * units(j) * PAIR * 4 : 0);
 }
 
 void prepare_amx(const Job& j, int64_t unit) {
-  Tiles t = tiles(j);
-  if (t == Tiles::none) return prepare512(j, unit);
-  return t == Tiles::bytes ? prepare_bytes(j, unit) : prepare_bfloat16(j, unit);
+  switch (tiles(j)) {
+    case Tiles::none: return prepare512(j, unit);
+    case Tiles::bytes: return prepare_bytes(j, unit);
+    case Tiles::bfloat16: return prepare_bfloat16<Tiles::bfloat16>(j, unit);
+    case Tiles::two_by_one: return prepare_bfloat16<Tiles::two_by_one>(j, unit);
+    case Tiles::two_by_two: return prepare_bfloat16<Tiles::two_by_two>(j, unit);
+  }
 }
 
 int64_t rows_amx(const Job& j, int32_t threads) {
@@ -319,10 +378,13 @@ size_t scratch_bytes_amx(const Job& j, int64_t rows) {
 }
 
 void multiply_amx(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  Tiles t = tiles(j);
-  if (t == Tiles::none) return multiply512(j, n0, n1, scratch);
-  if (t == Tiles::bytes) return multiply_tiled<Tiles::bytes>(j, n0, n1, scratch);
-  multiply_tiled<Tiles::bfloat16>(j, n0, n1, scratch);
+  switch (tiles(j)) {
+    case Tiles::none: return multiply512(j, n0, n1, scratch);
+    case Tiles::bytes: return multiply_tiled<Tiles::bytes>(j, n0, n1, scratch);
+    case Tiles::bfloat16: return multiply_tiled<Tiles::bfloat16>(j, n0, n1, scratch);
+    case Tiles::two_by_one: return multiply_tiled<Tiles::two_by_one>(j, n0, n1, scratch);
+    case Tiles::two_by_two: return multiply_tiled<Tiles::two_by_two>(j, n0, n1, scratch);
+  }
 }
 
 double peak_amx(int32_t what, int64_t repeats) {

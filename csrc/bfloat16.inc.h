@@ -1,14 +1,51 @@
 // Rows of any format as bfloat16, for AVX512 with BF16 and VBMI. Included by avx512_bf16.cpp and amx.cpp after
 // avx512.inc.h.
 
-// 32 bfloat16 times a scale, rounded once.
-inline __m512i times(__m512i words, F scale) {
-  __m256i halves[2] = {_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1)};
-  F product[2];
-  unroll<2>([&](auto h) INLINE {
-    product[h] = mul(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[h]), 16)), scale);
-  });
-  return (__m512i)_mm512_cvtne2ps_pbh(product[1], product[0]);
+// 32 values as bfloat16, or as the sum of two: what the first leaves is the second, which leaves 2^-18 of a value.
+template <int PARTS>
+struct Words32 {
+  __m512i part[PARTS];
+  inline INLINE void write(void* out) const {  // one vector after the other
+    unroll<PARTS>([&](auto p) INLINE { _mm512_storeu_si512((uint8_t*)out + 64 * p, part[p]); });
+  }
+};
+
+inline F widened(__m256i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
+inline F lower_half(__m512i words) { return widened(_mm512_castsi512_si256(words)); }
+inline F upper_half(__m512i words) { return widened(_mm512_extracti64x4_epi64(words, 1)); }
+
+inline INLINE F within_bfloat16(F v) {  // so that rounding does not make it infinite; a NaN stays
+  const F most = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000));
+  return max(sub(zero(), most), min(most, v));
+}
+
+template <int PARTS>
+inline INLINE Words32<PARTS> rounded(F low, F high) {
+  if constexpr (PARTS == 1) {
+    return {{(__m512i)_mm512_cvtne2ps_pbh(high, low)}};
+  } else {
+    __m512i first = (__m512i)_mm512_cvtne2ps_pbh(within_bfloat16(high), within_bfloat16(low));
+    F rest[2] = {sub(low, lower_half(first)), sub(high, upper_half(first))};
+    return {{first, (__m512i)_mm512_cvtne2ps_pbh(rest[1], rest[0])}};
+  }
+}
+
+template <int PARTS>
+inline INLINE Words32<PARTS> rounded_twice(F values) {  // both halves are the same
+  if constexpr (PARTS == 1) {
+    return {{(__m512i)_mm512_cvtne2ps_pbh(values, values)}};
+  } else {
+    F within = within_bfloat16(values);
+    __m512i first = (__m512i)_mm512_cvtne2ps_pbh(within, within);
+    F rest = sub(values, lower_half(first));
+    return {{first, (__m512i)_mm512_cvtne2ps_pbh(rest, rest)}};
+  }
+}
+
+// 32 bfloat16 times a scale.
+template <int PARTS>
+inline Words32<PARTS> times(__m512i words, F scale) {
+  return rounded<PARTS>(mul(lower_half(words), scale), mul(upper_half(words), scale));
 }
 
 // The same with a power of two between 2^-117 and 2^119, which float8 values take without rounding: exponents are
@@ -102,27 +139,33 @@ struct Places {
 
 // 32 values at a time of what a group's codes stand for. Up to 32 of them are scaled and rounded once, and codes looked
 // up among them; of more bits, each code is.
-template <int BITS>
+template <int BITS, int PARTS>
 struct Narrow {  // up to 5 bits
   static constexpr Places<BITS, 2> places{};
   const uint8_t* packed;
   F levels, upper;  // of codes 0 .. 31, of which the lowest BITS bits count
-  inline INLINE __m512i table(F scale, F offset) const {
-    return (__m512i)_mm512_cvtne2ps_pbh(mul(sub(upper, offset), scale), mul(sub(levels, offset), scale));
+  using Words = Words32<PARTS>;
+  inline INLINE Words table(F scale, F offset) const {
+    if constexpr (BITS < 5) return rounded_twice<PARTS>(mul(sub(levels, offset), scale));
+    return rounded<PARTS>(mul(sub(levels, offset), scale), mul(sub(upper, offset), scale));
   }
-  inline INLINE __m512i next(__m512i table, F, F) {
+  inline INLINE Words next(const Words& table, F, F) {
     __m512i bytes = _mm512_castsi256_si512(_mm256_maskz_loadu_epi8((1u << 4 * BITS) - 1, packed));
     packed += 4 * BITS;
     bytes = _mm512_permutexvar_epi8(_mm512_load_si512(places.byte), bytes);
-    return _mm512_permutexvar_epi16(_mm512_srlv_epi16(bytes, _mm512_load_si512(places.shift)), table);
+    bytes = _mm512_srlv_epi16(bytes, _mm512_load_si512(places.shift));
+    Words words;
+    unroll<PARTS>([&](auto p) INLINE { words.part[p] = _mm512_permutexvar_epi16(bytes, table.part[p]); });
+    return words;
   }
 };
 
-template <int BITS>
+template <int BITS, int PARTS>
 struct Wide {  // 6, 7 and 8 bits
   static constexpr Places<BITS, 4> places{};
   const uint8_t* packed;
-  inline INLINE __m512i table(F, F) const { return __m512i(); }
+  using Words = Words32<PARTS>;
+  inline INLINE Words table(F, F) const { return Words(); }
   inline INLINE F codes(const uint8_t* p) const {
     if constexpr (BITS == 8) return load_u8(p);
     __m512i bytes = _mm512_castsi128_si512(_mm_maskz_loadu_epi8((1u << 2 * BITS) - 1, p));
@@ -130,10 +173,10 @@ struct Wide {  // 6, 7 and 8 bits
     bytes = _mm512_srlv_epi32(bytes, _mm512_load_si512(places.shift));
     return _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32((1 << BITS) - 1)));
   }
-  inline INLINE __m512i next(__m512i, F scale, F offset) {
+  inline INLINE Words next(const Words&, F scale, F offset) {
     F low = mul(sub(codes(packed), offset), scale), high = mul(sub(codes(packed + 2 * BITS), offset), scale);
     packed += 4 * BITS;
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    return rounded<PARTS>(low, high);
   }
 };
 
@@ -143,44 +186,49 @@ inline INLINE void decode_groups(Codes codes, int64_t vectors, int64_t left, int
                                  const float* offset, uint16_t* out) {
   for (; vectors > 0; left = per_group, scale++, offset++) {
     F s = set1(*scale), o = set1(*offset);
-    __m512i table = codes.table(s, o);
+    auto table = codes.table(s, o);
     int64_t some = left < vectors ? left : vectors;
     vectors -= some;
     do {
-      _mm512_storeu_si512(out, codes.next(table, s, o));
-      out += 32;
+      auto words = codes.next(table, s, o);
+      words.write(out);
+      out += sizeof(words) / 2;
     } while (--some);
   }
 }
 
-template <int BITS>
+template <int PARTS>
 struct DecodeCodes {  // integers and codebooks
-  static void call(const zp_weight* w, int64_t row, int64_t k0, int64_t count, const float* scale, const float* offset,
-                   uint16_t* out) {
-    const zp_format& f = *w->format;
-    alignas(64) float own[16];
-    alignas(64) uint8_t last[MOST * BITS / 8 + 64];
-    const uint8_t* p = w->packed + row * packed_row_bytes(f) + k0 * BITS / 8;
-    int64_t vectors = (count + 31) / 32, left = (f.group_size - k0 % f.group_size + 31) / 32,
-            per_group = f.group_size / 32;
-    if (count % 32) {  // whole vectors are read
-      __builtin_memcpy(last, p, (count * BITS + 7) / 8);
-      p = last;
+  template <int BITS>
+  struct Of {
+    static void call(const zp_weight* w, int64_t row, int64_t k0, int64_t count, const float* scale,
+                     const float* offset, uint16_t* out) {
+      const zp_format& f = *w->format;
+      alignas(64) float own[16];
+      alignas(64) uint8_t last[MOST * BITS / 8 + 64];
+      const uint8_t* p = w->packed + row * packed_row_bytes(f) + k0 * BITS / 8;
+      int64_t vectors = (count + 31) / 32, left = (f.group_size - k0 % f.group_size + 31) / 32,
+              per_group = f.group_size / 32;
+      if (count % 32) {  // whole vectors are read
+        __builtin_memcpy(last, p, (count * BITS + 7) / 8);
+        p = last;
+      }
+      if constexpr (BITS <= 5) {
+        constexpr int CODES = 1 << BITS;
+        __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        F levels = _mm512_cvtepi32_ps(_mm512_and_si512(lane, _mm512_set1_epi32(CODES - 1)));
+        if (f.kind == ZP_CODEBOOK) levels = load(levels_of(*w, row, own));
+        F upper = CODES > W ? add(levels, set1(W)) : levels;
+        decode_groups(Narrow<BITS, PARTS>{p, levels, upper}, vectors, left, per_group, scale, offset, out);
+      } else {
+        decode_groups(Wide<BITS, PARTS>{p}, vectors, left, per_group, scale, offset, out);
+      }
     }
-    if constexpr (BITS <= 5) {
-      constexpr int CODES = 1 << BITS;
-      __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      F levels = _mm512_cvtepi32_ps(_mm512_and_si512(lane, _mm512_set1_epi32(CODES - 1)));
-      if (f.kind == ZP_CODEBOOK) levels = load(levels_of(*w, row, own));
-      F upper = CODES > W ? add(levels, set1(W)) : levels;
-      decode_groups(Narrow<BITS>{p, levels, upper}, vectors, left, per_group, scale, offset, out);
-    } else {
-      decode_groups(Wide<BITS>{p}, vectors, left, per_group, scale, offset, out);
-    }
-  }
+  };
 };
 
 // scaled: false for a row whose one scale is left out.
+template <int PARTS>
 inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t count, const float* scale, bool scaled,
                           Ahead ahead, uint16_t* out) {
   const zp_format& f = *w.format;
@@ -194,16 +242,21 @@ inline void decode_float8(const zp_weight& w, int64_t row, int64_t k0, int64_t c
     unroll<2>([&](auto h) INLINE {
       int64_t k = at + 32 * h;
       if (k >= count) return;
+      Words32<PARTS> values = {{words[h]}};
       if (scaled) {
         float s = *scale;
         uint32_t bits;
         __builtin_memcpy(&bits, &s, 4);
         int exponent = (int)(bits >> 23) - 127;
         bool power = f.scale_dtype == ZP_E8M0 && exponent >= -117 && exponent <= 119;
-        words[h] = power ? times_power(words[h], exponent) : times(words[h], set1(s));
+        if (power) {
+          values.part[0] = times_power(words[h], exponent);
+        } else {
+          values = times<PARTS>(words[h], set1(s));
+        }
         if ((left -= 32) <= 0) left = f.group_size, scale++;
       }
-      _mm512_storeu_si512(out + k, words[h]);
+      values.write(out + k * PARTS);
     });
   }
 }
@@ -218,7 +271,9 @@ inline bool scaled_by_row(const zp_format& f) {
 inline bool fetched_by_lines(const zp_format& f) { return f.bits == 16 || is_float8(f); }
 
 // Columns [k0, k1) of a row, at most MOST of them, and zeros up to whole vectors of 32. k0 is a multiple of 32 and so
-// are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one.
+// are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one. Of two
+// PARTS, both of 32 columns come before the next.
+template <int PARTS = 1>
 inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out,
                             Ahead ahead = {}) {
   const zp_format& f = *w.format;
@@ -228,11 +283,12 @@ inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t
     for (int64_t i = 0; i < count; i += 32) {
       fetch<64>(p + i, ahead);
       __m512i words = _mm512_maskz_loadu_epi16(count - i >= 32 ? ~0u : (1u << (count - i)) - 1, p + i);
+      Words32<PARTS> values = {{words}};
       if (f.kind == ZP_FLOAT16) {
         F low = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-        words = (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1)), low);
+        values = rounded<PARTS>(low, _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1)));
       }
-      _mm512_storeu_si512(out + i, words);
+      values.write(out + i * PARTS);
     }
     return;
   }
@@ -240,10 +296,13 @@ inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t
   int64_t first_group = k0 / f.group_size;
   grids(w, row, first_group, (k1 - 1) / f.group_size - first_group + 1, scales, offsets);
   if (is_float8(f)) {
-    decode_float8(w, row, k0, count, scales, scaled, ahead, out);
+    decode_float8<PARTS>(w, row, k0, count, scales, scaled, ahead, out);
   } else {
     if (!scaled) scales[0] = 1;
-    by_bits<DecodeCodes>(f.bits, &w, row, k0, count, (const float*)scales, (const float*)offsets, out);
-    for (int64_t i = count; i % 32; i++) out[i] = 0;
+    by_bits<DecodeCodes<PARTS>::template Of>(f.bits, &w, row, k0, count, (const float*)scales, (const float*)offsets,
+                                             out);
+    for (int64_t i = count; i % 32; i++) {
+      unroll<PARTS>([&](auto p) INLINE { out[i / 32 * 32 * PARTS + 32 * p + i % 32] = 0; });
+    }
   }
 }

@@ -195,8 +195,10 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
     A 16-bit x with roundoff v rounds the weight (v S), the product and the sum with the bias (v of
     their size each), and what underflows (one subnormal each; of float32 everywhere, where iq4nl
     has a zero). The native kernel multiplies integer weights and levels of codebooks by integer
-    activations: see `integer_bound`; what is below float32's normal range may become 0. Int8
-    activations are rounded before all of this, the same way by every kernel.
+    activations: see `integer_bound`; what is below float32's normal range may become 0. AMX takes
+    a float32 value for the sum of two bfloat16, which leaves 2^-18 of it, and leaves out the
+    product of the second ones. Int8 activations are rounded before all of this, the same way by
+    every kernel.
     """
     real = _values(weight)
     wide = x.double()
@@ -215,6 +217,8 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
         bound = bound + tiny * (1 + real.abs().sum(-1))
         if weight.scheme.fmt.kind in ("integer", "codebook"):
             bound = bound + integer_bound(wide, weight, real, int8)
+        if not int8 and native.instruction_set() == "amx":
+            bound = bound + 3 * 2.0**-18 * size + tiny * wide.abs().sum(-1, keepdim=True)
     if x.dtype != torch.float32:
         roundoff = limits.eps / 2
         roundings = 2 if int8 else 1  # of the weight, and of the token once it is on its grid
