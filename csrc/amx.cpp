@@ -3,11 +3,12 @@
 //   C (16 rows of weight, 16 tokens) += A (16 rows, 64 bytes of K) * B (64 bytes of K, 16 tokens, K in fours of bytes)
 //
 // Weight rows are A as they lie in the panel; tokens are arranged once as B. bfloat16 tokens take every format, with
-// the scale of a group folded into a bfloat16 panel; int8 tokens take integer weights with one scale a row. Of float32
-// and float16 tokens, each value is the sum of two bfloat16, 16 bits and a sign, and so is a weight that is none
-// itself:
+// the scale of a group folded into a bfloat16 panel. Of float32 and float16 tokens each value is the sum of two
+// bfloat16, and so is a weight that does not fit one:
 //
 //   x * w  =  x0 * w0 + x0 * w1 + x1 * w0,  but for x1 * w1, which is 2^-18 of it and left out
+//
+// int8 activations are bytes where weights are integers with one scale a row, else bfloat16, which holds them.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -25,10 +26,11 @@ constexpr int64_t PAIR = 2 * SIDE;       // two by two tiles of sums at a time: 
 constexpr int64_t ROWS = 256;            // of a panel of many tokens, and
 constexpr int64_t TOKENS_AT_HAND = 512;  // tokens whose sums are kept with it in the second-level cache
 
-enum class Tiles { none, bfloat16, bytes, two_by_one, two_by_two };  // parts of a token by parts of a weight
+// What is multiplied: bytes, or bfloat16, so many for a token's value by so many for a weight's.
+enum class Tiles { none, bytes, one_by_one, one_by_two, two_by_one, two_by_two };
 
 constexpr int token_parts(Tiles t) { return t == Tiles::two_by_one || t == Tiles::two_by_two ? 2 : 1; }
-constexpr int weight_parts(Tiles t) { return t == Tiles::two_by_two ? 2 : 1; }
+constexpr int weight_parts(Tiles t) { return t == Tiles::one_by_two || t == Tiles::two_by_two ? 2 : 1; }
 
 // Whether one bfloat16 holds any of its codes, but for the scale of the row.
 bool is_bfloat16(const zp_format& f) {
@@ -37,24 +39,34 @@ bool is_bfloat16(const zp_format& f) {
 }
 
 Tiles of_many(const Job& j) {
-  if (j.int8_activations) return is_integer(j) && j.blocks == 1 ? Tiles::bytes : Tiles::none;
-  if (j.x_dtype == ZP_BF16) return Tiles::bfloat16;
-  return is_bfloat16(*j.format) ? Tiles::two_by_one : Tiles::two_by_two;
+  bool one = is_bfloat16(*j.format), rounds = j.x_dtype == ZP_BF16;  // the weight, as torch does
+  if (j.int8_activations) {
+    if (is_integer(j) && j.blocks == 1) return Tiles::bytes;
+    return one || rounds ? Tiles::one_by_one : Tiles::one_by_two;
+  }
+  if (rounds) return Tiles::one_by_one;
+  return one ? Tiles::two_by_one : Tiles::two_by_two;
 }
 
-// Below these, integers and codebooks are multiplied with 15 or 16 bits of a token, others in float32.
-bool tile_amx(const Job& j) {
-  Tiles t = of_many(j);
-  if (t == Tiles::none) return tile512(j);
+// Fewer tokens of integers and codebooks are multiplied with 8, 15 or 16 bits each, of other formats in float32.
+int64_t fewest(const Job& j) {
   const zp_format& f = *j.format;
-  if (token_parts(t) == 2) {
-    bool small = is_integer(j) || f.kind == ZP_CODEBOOK;
-    return j.m >= (weight_parts(t) == 1 ? (small ? 12 : 4) : (small ? 14 : 9));
+  auto of_kind = [&](int64_t integers, int64_t codebooks, int64_t floats) {
+    return is_integer(j) ? integers : f.kind == ZP_CODEBOOK ? codebooks : floats;
+  };
+  switch (of_many(j)) {
+    case Tiles::one_by_one:
+      if (j.int8_activations) return of_kind(11, 8, 4);
+      if (is_float8(f)) return scaled_by_row(f) ? 2 : 3;
+      return f.kind == ZP_BFLOAT16 ? 1 : 5;
+    case Tiles::one_by_two: return of_kind(24, 12, 6);
+    case Tiles::two_by_one: return of_kind(12, 12, 4);
+    case Tiles::two_by_two: return of_kind(14, 14, 9);
+    default: return 5;
   }
-  if (f.kind == ZP_BFLOAT16) return true;
-  if (is_float8(f)) return j.m >= (scaled_by_row(f) ? 2 : 3);
-  return j.m >= 5;
 }
+
+bool tile_amx(const Job& j) { return j.m >= fewest(j); }
 
 Tiles tiles(const Job& j) { return j.tiled ? of_many(j) : Tiles::none; }
 
@@ -82,15 +94,19 @@ int64_t panel_stride(const Job& j, Tiles t) { return (pass_steps(j, t) * weight_
 
 int64_t panel_rows(const Job& j) { return has_few_tokens(j) ? PAIR : ROWS; }
 
-// prepared: [pass][unit of 32 tokens][step][part][2 tiles][16 words of K][16 tokens] words; then for bytes [m] x_scale
-// and [m] x_sum.
+// prepared: [pass][unit of 32 tokens][step][part][2 tiles][16 words of K][16 tokens] words; then of int8
+// activations [m] x_scale and [m] x_sum.
 uint8_t* arranged(const Job& j, Tiles t, int64_t unit, int64_t step) {
   int64_t pass = pass_steps(j, t), first = step / pass * pass, count = steps(j, t) - first;
   if (count > pass) count = pass;
   return j.prepared + (first * units(j) + unit * count + step - first) * token_step(t);
 }
 
-float* byte_scales(const Job& j) { return (float*)(j.prepared + units(j) * steps(j, Tiles::bytes) * 2 * TILE_BYTES); }
+float* token_scales(const Job& j, Tiles t) { return (float*)(j.prepared + units(j) * steps(j, t) * token_step(t)); }
+
+inline F load_i16(const int16_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+}
 
 // 32 columns of a token, of which the others than `columns` are 0.
 template <int PARTS>
@@ -107,7 +123,7 @@ inline INLINE Words32<PARTS> token_words(const Job& j, int64_t m, int64_t k, __m
 }
 
 template <Tiles KIND>
-void prepare_bfloat16(const Job& j, int64_t unit) {
+void prepare_floats(const Job& j, int64_t unit) {
   constexpr int PARTS = token_parts(KIND);
   int64_t k = j.format->k, count = steps(j, KIND);
   for (int64_t s = 0; s < count; s++) {
@@ -128,24 +144,34 @@ void prepare_bfloat16(const Job& j, int64_t unit) {
   }
 }
 
-void prepare_bytes(const Job& j, int64_t unit) {
-  int64_t count = steps(j, Tiles::bytes), padded = count * 64;
-  float* x_scale = byte_scales(j);
+// int8 activations, as the bytes or the bfloat16 of a step.
+template <Tiles KIND>
+void prepare_int8(const Job& j, int64_t unit) {
+  constexpr int64_t COLUMNS = columns_of(KIND);
+  int64_t count = steps(j, KIND), padded = round_up(count * COLUMNS, 64);
+  float* x_scale = token_scales(j, KIND);
   float* x_sum = x_scale + units(j) * PAIR;
   float* x = (float*)__builtin_alloca(padded * 4);
   int16_t* q = (int16_t*)__builtin_alloca(padded * 2);
-  auto tile = [&](int64_t s, int64_t half) { return arranged(j, Tiles::bytes, unit, s) + half * TILE_BYTES; };
+  float* scales = (float*)__builtin_alloca(j.blocks * 8);  // all the same
+  auto tile = [&](int64_t s, int64_t half) { return arranged(j, KIND, unit, s) + half * TILE_BYTES; };
   for (int64_t t = 0; t < PAIR; t++) {  // a row of a tile each, and then tiles are turned around
     int64_t m = unit * PAIR + t;
     x_scale[m] = x_sum[m] = 0;
     if (m < j.m) {
-      quantize_token(j, m, x, q, x_scale + m, x_sum + m);
+      quantize_token(j, m, x, q, scales, scales + j.blocks);
+      x_scale[m] = scales[0], x_sum[m] = scales[j.blocks];
     } else if (m == j.m) {
       __builtin_memset(q, 0, padded * 2);
     }
     for (int64_t s = 0; s < count; s++) {
       __m256i* out = (__m256i*)(tile(s, t / SIDE) + t % SIDE * 64);
-      for (int64_t i = 0; i < 2; i++) out[i] = _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + 64 * s + 32 * i));
+      if constexpr (KIND == Tiles::bytes) {
+        for (int64_t i = 0; i < 2; i++) out[i] = _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + 64 * s + 32 * i));
+      } else {
+        F low = load_i16(q + 32 * s), high = load_i16(q + 32 * s + W);
+        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      }
     }
   }
   for (int64_t i = 0; i < 2 * count; i++) {
@@ -232,6 +258,8 @@ inline INLINE F outputs(const Epilogue& e, int64_t row, const float* sums, F x_s
   if constexpr (KIND == Tiles::bytes) {
     F whole = mul(_mm512_cvtepi32_ps((__m512i)v), x_scale);
     v = _mm512_fnmadd_ps(set1(e.offset[row]), x_sum, whole);
+  } else {
+    v = mul(v, x_scale);
   }
   return mul(set1(e.scale[row]), v);
 }
@@ -246,9 +274,9 @@ void put_square(const Job& j, const Epilogue& e, float* sums, int64_t m, int64_t
   int64_t n = e.n0 + row, rows = e.n1 - n < PAIR ? e.n1 - n : PAIR;
   for (int64_t half = 0; half < PAIR && m + half < j.m; half += SIDE) {
     int64_t tokens = j.m - m - half < SIDE ? j.m - m - half : SIDE;
-    F x_scale = zero(), x_sum = zero(), square[SIDE];
-    if constexpr (KIND == Tiles::bytes) {
-      const float* scales = byte_scales(j) + m + half;
+    F x_scale = set1(1), x_sum = zero(), square[SIDE];
+    if (j.int8_activations) {
+      const float* scales = token_scales(j, KIND) + m + half;
       x_scale = load(scales), x_sum = load(scales + units(j) * PAIR);
     }
     auto of_row = [&](int64_t r) INLINE { return outputs<KIND>(e, row + r, sums + r * PAIR + half, x_scale, x_sum); };
@@ -350,16 +378,19 @@ int64_t tokens_amx(const Job& j) { return tiles(j) == Tiles::none ? tokens512(j)
 size_t prepared_bytes_amx(const Job& j) {
   Tiles t = tiles(j);
   if (t == Tiles::none) return prepared_bytes512(j);
-  return units(j) * steps(j, t) * token_step(t) + (t == Tiles::bytes ? 2 * units(j) * PAIR * 4 : 0);
+  return units(j) * steps(j, t) * token_step(t) + (j.int8_activations ? 2 * units(j) * PAIR * 4 : 0);
 }
 
 void prepare_amx(const Job& j, int64_t unit) {
   switch (tiles(j)) {
     case Tiles::none: return prepare512(j, unit);
-    case Tiles::bytes: return prepare_bytes(j, unit);
-    case Tiles::bfloat16: return prepare_bfloat16<Tiles::bfloat16>(j, unit);
-    case Tiles::two_by_one: return prepare_bfloat16<Tiles::two_by_one>(j, unit);
-    case Tiles::two_by_two: return prepare_bfloat16<Tiles::two_by_two>(j, unit);
+    case Tiles::bytes: return prepare_int8<Tiles::bytes>(j, unit);
+    case Tiles::one_by_one:
+      if (j.int8_activations) return prepare_int8<Tiles::one_by_one>(j, unit);
+      return prepare_floats<Tiles::one_by_one>(j, unit);
+    case Tiles::one_by_two: return prepare_int8<Tiles::one_by_two>(j, unit);
+    case Tiles::two_by_one: return prepare_floats<Tiles::two_by_one>(j, unit);
+    case Tiles::two_by_two: return prepare_floats<Tiles::two_by_two>(j, unit);
   }
 }
 
@@ -381,7 +412,8 @@ void multiply_amx(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   switch (tiles(j)) {
     case Tiles::none: return multiply512(j, n0, n1, scratch);
     case Tiles::bytes: return multiply_tiled<Tiles::bytes>(j, n0, n1, scratch);
-    case Tiles::bfloat16: return multiply_tiled<Tiles::bfloat16>(j, n0, n1, scratch);
+    case Tiles::one_by_one: return multiply_tiled<Tiles::one_by_one>(j, n0, n1, scratch);
+    case Tiles::one_by_two: return multiply_tiled<Tiles::one_by_two>(j, n0, n1, scratch);
     case Tiles::two_by_one: return multiply_tiled<Tiles::two_by_one>(j, n0, n1, scratch);
     case Tiles::two_by_two: return multiply_tiled<Tiles::two_by_two>(j, n0, n1, scratch);
   }

@@ -217,7 +217,7 @@ def assert_linear(y, x, weight: QTensor, bias=None, kernel="torch") -> None:
         bound = bound + tiny * (1 + real.abs().sum(-1))
         if weight.scheme.fmt.kind in ("integer", "codebook"):
             bound = bound + integer_bound(wide, weight, real, int8)
-        if not int8 and native.instruction_set() == "amx":
+        if native.instruction_set() == "amx":
             bound = bound + 3 * 2.0**-18 * size + tiny * wide.abs().sum(-1, keepdim=True)
     if x.dtype != torch.float32:
         roundoff = limits.eps / 2
