@@ -207,19 +207,18 @@ __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_b
     if constexpr (!MANY && i % 2 == 1) return;
     first ? tile_zero<i>() : tile_load<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
   });
-  const uint8_t* below = rows + SIDE * row_bytes;
-  for (int64_t s = 0; s < count; s++, rows += row_step(KIND), below += row_step(KIND), x += token_step(KIND)) {
+  for (int64_t s = 0; s < count; s++, rows += row_step(KIND), x += token_step(KIND)) {
     constexpr int64_t LAST = row_step(KIND) - 64, AHEAD = token_parts(KIND) == 2 ? 7 : 3;
     for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
     if (!first) unroll<AHEAD>([&](auto i) INLINE { __builtin_prefetch(c + PAIR * STRIDE + 64 * (AHEAD * s + i), 1); });
     tile_load<6>(x, 64);  // all loads first: where they and products take turns, the fewer turns the better
     tile_load_once<4>(rows + LAST, row_bytes);
     if constexpr (MANY) tile_load<7>(x + TILE_BYTES, 64);
-    tile_load_once<5>(below + LAST, row_bytes);
+    tile_load_once<5>(rows + SIDE * row_bytes + LAST, row_bytes);
     dots();
     if constexpr (LAST != 0) {  // the first part of the weights
       tile_load_once<4>(rows, row_bytes);
-      tile_load_once<5>(below, row_bytes);
+      tile_load_once<5>(rows + SIDE * row_bytes, row_bytes);
       dots();
     }
     if constexpr (token_parts(KIND) == 2) {  // the second part of the tokens
@@ -307,7 +306,7 @@ bool as_they_lie(const Job& j) {
 
 // Columns [k0, k1) of a row as tiles take them. What lies ahead is fetched meanwhile.
 template <Tiles KIND>
-void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, Ahead ahead, uint8_t* out) {
+inline INLINE void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1, Ahead ahead, uint8_t* out) {
   const zp_format& f = *j.format;
   for (int64_t k = k0; k < k1; k += MOST, out += MOST / columns_of(KIND) * row_step(KIND)) {
     int64_t end = k + MOST < k1 ? k + MOST : k1, bytes = (end - k) * f.bits / 8;

@@ -274,8 +274,8 @@ inline bool fetched_by_lines(const zp_format& f) { return f.bits == 16 || is_flo
 // are groups, but for one that is the whole row. scaled: false leaves out the scale of a row that has only one. Of two
 // PARTS, both of 32 columns come before the next.
 template <int PARTS = 1>
-inline void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out,
-                            Ahead ahead = {}) {
+inline INLINE void decode_bfloat16(const zp_weight& w, int64_t row, int64_t k0, int64_t k1, bool scaled, uint16_t* out,
+                                   Ahead ahead = {}) {
   const zp_format& f = *w.format;
   int64_t count = k1 - k0;
   if (f.kind == ZP_BFLOAT16 || f.kind == ZP_FLOAT16) {
