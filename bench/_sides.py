@@ -26,6 +26,7 @@ from zeropoint.scheme import Scheme
 
 G64 = Scheme.of("int4", group_size=64, symmetric=True)
 W8A8 = Scheme.of("int8", activations="int8")
+W4A8 = Scheme.of("int4", activations="int8")
 COLD = (
     G64,
     Scheme.of("int4", group_size=64, symmetric=False),
@@ -40,7 +41,7 @@ COLD = (
 )
 LAYERS = (Scheme.of("int4"), Scheme.of("int8"), Scheme.of("nf4"))
 SMOLLM2 = ((192, 576), (576, 576), (1536, 576), (576, 1536), (49152, 576))  # (N, K)
-SHAPES = (*(Scheme.of(name) for name in FORMATS), G64, W8A8)  # but for what torch multiplies
+SHAPES = (*(Scheme.of(name) for name in FORMATS), G64, W8A8, W4A8)  # but for what torch multiplies
 CEILINGS = ("float32", "int8", "bfloat16")  # zp_peak_operations counts them from 0
 PEAK_SECONDS = 0.03  # that one sample of a ceiling takes
 FEW_TOKENS = 16  # up to here a weight is read faster than it is used, so it must come from memory

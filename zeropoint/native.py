@@ -197,6 +197,7 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
     x becomes 16-bit integers, one scale for every 128 columns or fewer (8-bit integers, one scale
     a token, when the scheme has int8 activations); 15-bit ones for a few tokens of a codebook,
     whose levels become integers too; float32 for other formats and for many tokens of a codebook.
+    Tiles (AMX) of many tokens take it as bfloat16, or as the sum of two where it is not.
     """
     return bind_linear(weight)(x, bias)
 
