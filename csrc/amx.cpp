@@ -125,7 +125,7 @@ inline INLINE Words32<PARTS> token_words(const Job& j, int64_t m, int64_t k, __m
 template <Tiles KIND>
 void prepare_floats(const Job& j, int64_t unit) {
   constexpr int PARTS = token_parts(KIND);
-  int64_t k = j.format->k, count = steps(j, KIND);
+  int64_t k = j.format->k, count = steps(j, KIND), size = j.x_dtype == ZP_F32 ? 4 : 2;
   for (int64_t s = 0; s < count; s++) {
     __mmask32 columns = k - 32 * s >= 32 ? ~0u : (1u << (k - 32 * s)) - 1;
     float* out = (float*)arranged(j, KIND, unit, s);
@@ -133,6 +133,10 @@ void prepare_floats(const Job& j, int64_t unit) {
       F words[PARTS][SIDE];
       unroll<SIDE>([&](auto t) INLINE {
         int64_t m = unit * PAIR + half * SIDE + t;
+        if constexpr (PARTS == 2) {  // (bfloat16 from memory gains nothing)
+          const uint8_t* soon = x_row(j, m < j.m ? m : 0) + 32 * (s + 2) * size;
+          for (int64_t line = 0; line < 32 * size; line += 64) __builtin_prefetch(soon + line);
+        }
         auto token = token_words<PARTS>(j, m < j.m ? m : 0, 32 * s, m < j.m ? columns : 0);
         unroll<PARTS>([&](auto p) INLINE { words[p][t] = _mm512_castsi512_ps(token.part[p]); });
       });
@@ -279,19 +283,30 @@ void put_square(const Job& j, const Epilogue& e, float* sums, int64_t m, int64_t
       x_scale = load(scales), x_sum = load(scales + units(j) * PAIR);
     }
     auto of_row = [&](int64_t r) INLINE { return outputs<KIND>(e, row + r, sums + r * PAIR + half, x_scale, x_sum); };
-    if (j.x_dtype != ZP_BF16 || rows < PAIR) {
+    if (rows < PAIR) {
       for (int64_t r = 0; r < rows; r++) store(sums + r * PAIR + half, of_row(r));
       put_transposed(j, sums + half, PAIR, m + half, tokens, n, rows);
       continue;
     }
     auto biased = [&](int64_t r) INLINE { return add(of_row(r), set1(e.bias[row + r])); };
-    unroll<SIDE>([&](auto i) INLINE {
-      __m512i both = (__m512i)_mm512_cvtne2ps_pbh(biased(2 * i + 1), biased(2 * i));
-      square[i] = (F)_mm512_permutexvar_epi16(pairs, both);
-    });
-    transpose(square);
-    uint16_t* to = (uint16_t*)j.y + (m + half) * j.format->n + n;
-    for (int64_t t = 0; t < tokens; t++) store((float*)(to + t * j.format->n), square[t]);
+    int64_t first = (m + half) * j.format->n + n;  // of the outputs
+    if (j.x_dtype == ZP_BF16) {
+      unroll<SIDE>([&](auto i) INLINE {
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(biased(2 * i + 1), biased(2 * i));
+        square[i] = (F)_mm512_permutexvar_epi16(pairs, both);
+      });
+      transpose(square);
+      for (int64_t t = 0; t < tokens; t++) store((float*)((uint16_t*)j.y + first + t * j.format->n), square[t]);
+      continue;
+    }
+    for (int64_t r = 0; r < PAIR; r += SIDE) {
+      unroll<SIDE>([&](auto i) INLINE { square[i] = biased(r + i); });
+      transpose(square);
+      for (int64_t t = 0; t < tokens; t++) {
+        int64_t at = first + t * j.format->n + r;
+        j.x_dtype == ZP_F32 ? store((float*)j.y + at, square[t]) : store_f16((uint16_t*)j.y + at, square[t]);
+      }
+    }
   }
 }
 
