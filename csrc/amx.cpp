@@ -58,10 +58,10 @@ int64_t fewest(const Job& j) {
     case Tiles::one_by_one:
       if (j.int8_activations) return of_kind(11, 8, 4);
       if (is_float8(f)) return scaled_by_row(f) ? 2 : 3;
-      return f.kind == ZP_BFLOAT16 ? 1 : 5;
+      return f.kind == ZP_BFLOAT16 ? 1 : f.kind == ZP_FLOAT16 ? 3 : 5;
     case Tiles::one_by_two: return of_kind(24, 12, 6);
     case Tiles::two_by_one: return of_kind(12, 12, 4);
-    case Tiles::two_by_two: return of_kind(14, 14, 9);
+    case Tiles::two_by_two: return of_kind(14, 14, 8);
     default: return 5;
   }
 }
