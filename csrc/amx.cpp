@@ -62,7 +62,7 @@ int64_t fewest(const Job& j) {
     case Tiles::one_by_two: return of_kind(24, 12, 6);
     case Tiles::two_by_one: return of_kind(12, 12, 4);
     case Tiles::two_by_two: return of_kind(14, 14, 8);
-    default: return 5;
+    default: return 5;  // bytes
   }
 }
 
@@ -84,8 +84,8 @@ int64_t units(const Job& j) { return (j.m + PAIR - 1) / PAIR; }
 bool has_few_tokens(const Job& j) { return units(j) <= 4; }
 
 int64_t pass_steps(const Job& j, Tiles t) {
-  int64_t most = (has_few_tokens(j) ? 128 : 18) / token_parts(t), count = steps(j, t),
-          passes = (count + most - 1) / most;
+  int64_t most = (has_few_tokens(j) ? 128 : 18) / token_parts(t), count = steps(j, t);
+  int64_t passes = (count + most - 1) / most;
   return (count + passes - 1) / passes;
 }
 
@@ -94,8 +94,8 @@ int64_t panel_stride(const Job& j, Tiles t) { return (pass_steps(j, t) * weight_
 
 int64_t panel_rows(const Job& j) { return has_few_tokens(j) ? PAIR : ROWS; }
 
-// prepared: [pass][unit of 32 tokens][step][part][2 tiles][16 words of K][16 tokens] words; then of int8
-// activations [m] x_scale and [m] x_sum.
+// prepared: [pass][unit of 32 tokens][step][part][2 tiles][16 words of K][16 tokens] words; then of int8 activations
+// [m] x_scale and [m] x_sum.
 uint8_t* arranged(const Job& j, Tiles t, int64_t unit, int64_t step) {
   int64_t pass = pass_steps(j, t), first = step / pass * pass, count = steps(j, t) - first;
   if (count > pass) count = pass;
@@ -108,7 +108,7 @@ inline F load_i16(const int16_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
 }
 
-// 32 columns of a token, of which the others than `columns` are 0.
+// 32 columns of a token from k on; those not among `columns` are 0.
 template <int PARTS>
 inline INLINE Words32<PARTS> token_words(const Job& j, int64_t m, int64_t k, __mmask32 columns) {
   const uint8_t* row = x_row(j, m);
@@ -133,7 +133,7 @@ void prepare_floats(const Job& j, int64_t unit) {
       F words[PARTS][SIDE];
       unroll<SIDE>([&](auto t) INLINE {
         int64_t m = unit * PAIR + half * SIDE + t;
-        if constexpr (PARTS == 2) {  // (bfloat16 from memory gains nothing)
+        if constexpr (PARTS == 2) {  // one part gains nothing by it
           const uint8_t* soon = x_row(j, m < j.m ? m : 0) + 32 * (s + 2) * size;
           for (int64_t line = 0; line < 32 * size; line += 64) __builtin_prefetch(soon + line);
         }
