@@ -84,7 +84,7 @@ int64_t units(const Job& j) { return (j.m + PAIR - 1) / PAIR; }
 bool has_few_tokens(const Job& j) { return units(j) <= 4; }
 
 int64_t pass_steps(const Job& j, Tiles t) {
-  int64_t most = (has_few_tokens(j) ? 128 : 18) / token_parts(t), count = steps(j, t);
+  int64_t most = has_few_tokens(j) ? 128 : 18 / token_parts(t), count = steps(j, t);
   int64_t passes = (count + most - 1) / most;
   return (count + passes - 1) / passes;
 }
