@@ -61,7 +61,8 @@ def _bound(x: Tensor, weight: QTensor, as_bfloat16: bool) -> Tensor:
     activations of 16 bits: an error below step / 2 each, so LAMBDA / 2 * step * |weight|_2
     (Hoeffding); those of a codebook by 15 bits, and its levels are off by 2^-14 of the largest of
     a group at most. A kernel may round an 8-bit activation that is almost half way to the other
-    side.
+    side. AMX takes a float32 value for the sum of two bfloat16, off by 2^-18 of it, and leaves out
+    the product of the second ones, 2^-18 of the whole.
     """
     scheme, k = weight.scheme, x.shape[1]
     values = reference.weight_values(weight)
@@ -84,8 +85,10 @@ def _bound(x: Tensor, weight: QTensor, as_bfloat16: bool) -> Tensor:
         group = min(scheme.group_size or k, k)
         top = magnitudes.unflatten(1, (-1, group)).amax(-1).repeat_interleave(group, dim=1)
         bound += LAMBDA * 2.0**-14 * (x.square() @ top.square().T).sqrt()
+    by_column = (x.square() @ values.square().T).sqrt()
+    bound += LAMBDA * 3 * BFLOAT16_ROUNDOFF**2 * by_column
     if as_bfloat16:
-        bound += LAMBDA * 2 * BFLOAT16_ROUNDOFF * (x.square() @ values.square().T).sqrt()
+        bound += LAMBDA * 2 * BFLOAT16_ROUNDOFF * by_column
     return bound
 
 

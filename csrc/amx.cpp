@@ -33,13 +33,13 @@ constexpr int token_parts(Tiles t) { return t == Tiles::two_by_one || t == Tiles
 constexpr int weight_parts(Tiles t) { return t == Tiles::one_by_two || t == Tiles::two_by_two ? 2 : 1; }
 
 // Whether one bfloat16 holds any of its codes, but for the scale of the row.
-bool is_bfloat16(const zp_format& f) {
+bool fits_bfloat16(const zp_format& f) {
   if (f.kind == ZP_INTEGER) return scaled_by_row(f) && !f.float_zero_point;
   return f.kind == ZP_BFLOAT16 || (is_float8(f) && scaled_by_row(f));
 }
 
 Tiles of_many(const Job& j) {
-  bool one = is_bfloat16(*j.format), rounds = j.x_dtype == ZP_BF16;  // the weight, as torch does
+  bool one = fits_bfloat16(*j.format), rounds = j.x_dtype == ZP_BF16;  // the weight, as torch does
   if (j.int8_activations) {
     if (is_integer(j) && j.blocks == 1) return Tiles::bytes;
     return one || rounds ? Tiles::one_by_one : Tiles::one_by_two;

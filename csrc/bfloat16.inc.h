@@ -10,9 +10,8 @@ struct Words32 {
   }
 };
 
-inline F widened(__m256i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
-inline F lower_half(__m512i words) { return widened(_mm512_castsi512_si256(words)); }
-inline F upper_half(__m512i words) { return widened(_mm512_extracti64x4_epi64(words, 1)); }
+inline F lower_half(__m512i words) { return from_bf16(_mm512_castsi512_si256(words)); }
+inline F upper_half(__m512i words) { return from_bf16(_mm512_extracti64x4_epi64(words, 1)); }
 
 inline INLINE F within_bfloat16(F v) {  // so that rounding does not make it infinite; a NaN stays
   const F most = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f7f0000));
