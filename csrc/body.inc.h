@@ -300,6 +300,12 @@ static inline INLINE void fetch(const void* p, Ahead ahead = {}) {
   if (TWICE) __builtin_prefetch((const uint8_t*)p + ahead.near);
 }
 
+// Scales and zero points of later rows: a row has too few for hardware to see that they are read one after the other.
+template <class T>
+static inline INLINE void fetch_later(const T* p) {
+  __builtin_prefetch(p + 1024);
+}
+
 // --- dot: few tokens, every weight used as soon as it is unpacked ---
 
 struct Token {  // of a prepared job of integers or codebooks
@@ -410,6 +416,7 @@ struct Blocks {
     int64_t at = n * stride, left = count - b;
     if (as_stored == ZP_F16) {
       const uint16_t* p = (const uint16_t*)scale + at + b;
+      fetch_later(p);
       return left >= W ? load_f16(p) : load_f16_part(p, left, b > 0);
     }
     if (of_rows) return set1(read_scale(f, scale, at));
@@ -425,10 +432,12 @@ struct Blocks {
     int64_t at = n * stride, left = count - b;
     if (per_group == 1 && f.float_zero_point) {
       const uint16_t* p = (const uint16_t*)zero_point + at + b;
+      fetch_later(p);
       return left >= W ? load_f16(p) : load_f16_part(p, left, b > 0);
     }
     if (per_group == 1) {
       const int8_t* p = (const int8_t*)zero_point + at + b;
+      fetch_later(p);
       return left >= W ? load_i8(p) : load_i8_part(p, left, b > 0);
     }
     alignas(64) float z[W];
