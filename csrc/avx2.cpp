@@ -396,10 +396,15 @@ inline Words load_words(const uint8_t* p, int64_t bytes) {
   return _mm256_load_si256((const __m256i*)whole);
 }
 
-template <int LEFT, int RIGHT>
-inline F shifted(Words words, uint32_t mask) {
-  words = _mm256_srai_epi32(LEFT ? _mm256_slli_epi32(words, LEFT) : words, RIGHT);
-  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32((int)mask)));
+template <int MANTISSA>
+inline INLINE void halves(Words words, F* out) {
+  __m256i byte[2] = {_mm256_slli_epi16(words, 8), words};
+  unroll<2>([&](auto b) INLINE {
+    if constexpr (MANTISSA == 3) byte[b] = _mm256_srai_epi16(byte[b], 1);
+    byte[b] = _mm256_and_si256(byte[b], _mm256_set1_epi16((short)(MANTISSA == 3 ? 0xbf80 : 0xff00)));
+    out[b] = _mm256_cvtph_ps(_mm256_castsi256_si128(byte[b]));
+    out[2 + b] = _mm256_cvtph_ps(_mm256_extracti128_si256(byte[b], 1));
+  });
 }
 
 struct Largest {  // twice each byte, so without its sign

@@ -372,10 +372,15 @@ inline void unpack(const uint8_t* p, int bits, int64_t count, uint8_t* out) {
 using Words = __m512i;
 inline Words load_words(const uint8_t* p, int64_t bytes) { return _mm512_maskz_loadu_epi8(first(bytes), p); }
 
-template <int LEFT, int RIGHT>
-inline F shifted(Words words, uint32_t mask) {
-  words = _mm512_srai_epi32(LEFT ? _mm512_slli_epi32(words, LEFT) : words, RIGHT);
-  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)mask)));
+template <int MANTISSA>
+inline INLINE void halves(Words words, F* out) {
+  __m512i byte[2] = {_mm512_slli_epi16(words, 8), words};
+  unroll<2>([&](auto b) INLINE {
+    if constexpr (MANTISSA == 3) byte[b] = _mm512_srai_epi16(byte[b], 1);
+    byte[b] = _mm512_and_si512(byte[b], _mm512_set1_epi16((short)(MANTISSA == 3 ? 0xbf80 : 0xff00)));
+    out[b] = _mm512_cvtph_ps(_mm512_castsi512_si256(byte[b]));
+    out[2 + b] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(byte[b], 1));
+  });
 }
 
 struct Largest {  // twice each byte, so without its sign

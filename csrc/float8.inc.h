@@ -1,27 +1,28 @@
-// Dot for float8: bytes of a word of 32 bits are shifted into the place of a float32's sign, exponent and mantissa.
-// Included after body.inc.h by an instruction set that also defines
+// Dot for float8: bytes are moved into the place of a float16's sign, exponent and mantissa, whose conversion takes
+// subnormals as fast as any other number. (Many processors multiply a subnormal float32 a hundred times slower than
+// others.) Included after body.inc.h by an instruction set that also defines
 //
-//   Words, load_words    W words of 32 bits; those of the first `bytes` at a pointer, then 0
-//   shifted<LEFT, RIGHT> words moved LEFT, then RIGHT with their sign, and masked, as floats
-//   Largest              see(words); reaches(magnitude): whether a byte did, but for its sign
+//   Words, load_words  2 W words of 16 bits; those of the first `bytes` at a pointer, then 0
+//   halves<MANTISSA>   words of codes with so many bits of mantissa -> floats of the lower and of the upper bytes of
+//   the
+//                      first W words, then of the last
+//   Largest            see(words); reaches(magnitude): whether a byte did, but for its sign
 
 static bool is_few_float8(const Job& j) { return !j.tiled && is_float8(*j.format); }
 
-// As a float32, a code of float8 is 2^(bias - 127) of what it stands for, subnormals included.
+// As a float16, a code of e4m3 is 2^-8 of what it stands for, and its NaN a number; a code of e5m2 is what it stands
+// for.
 template <int MANTISSA>
-struct Float8 {
-  static constexpr int UPPER = 7 - MANTISSA;             // bits of the exponent
-  static constexpr int UNIT = 128 - (1 << (UPPER - 1));  // 127 - bias
-  static constexpr uint32_t MASK = 0x80000000u | 0x7fu << (23 - MANTISSA);
-  static constexpr int SPECIAL = MANTISSA == 3 ? 0x7f : 0x7c;  // the first magnitude that is NaN or Inf
-  static inline float value(uint8_t c) { return MANTISSA == 3 ? e4m3(c) : scalar_f16((uint16_t)(c << 8)); }
-};
+constexpr int UNIT = MANTISSA == 3 ? 8 : 0;
 
 static constexpr int64_t FLOAT8_CHUNK = 4 * W;
 
-// A token: x * 2^UNIT / unit, four columns apart, so that no product is subnormal unless it is far below the largest;
-// then unit, the power of two at or below the largest |x|.
+// A token: x * 2^UNIT / unit in the order of `halves`, so that no product is subnormal unless it is far below the
+// largest; then unit, the power of two at or below the largest |x|.
 static inline int64_t float8_stride(const Job& j) { return round_up(j.format->k, 128) + PAD; }
+
+// Where vector t of a chunk has column `lane`.
+static inline int64_t column_of(int64_t t, int64_t lane) { return t / 2 * 2 * W + 2 * lane + t % 2; }
 
 static inline float float_of_exponent(int exponent) {  // -126 .. 127
   uint32_t bits = (uint32_t)(exponent + 127) << 23;
@@ -43,11 +44,11 @@ static void prepare_float8(const Job& j, int64_t m) {
   __builtin_memcpy(&bits, &amax, 4);
   int exponent = (int)(bits >> 23 & 255) - 127;
   exponent = exponent < -126 ? -126 : exponent > 127 ? 127 : exponent;
-  int raise = Float8<MANTISSA>::UNIT - exponent, half = raise / 2;
+  int raise = UNIT<MANTISSA> - exponent, half = raise / 2;
   F first = set1(float_of_exponent(half)), second = set1(float_of_exponent(raise - half));
   for (int64_t k = 0; k < padded; k += FLOAT8_CHUNK) {
     for (int i = 0; i < W; i++) {
-      for (int t = 0; t < 4; t++) out[k + t * W + i] = x[k + 4 * i + t];
+      for (int t = 0; t < 4; t++) out[k + t * W + i] = x[k + column_of(t, i)];
     }
     for (int t = 0; t < 4; t++) store(out + k + t * W, mul(mul(load(out + k + t * W), first), second));
   }
@@ -60,86 +61,87 @@ static void prepare_few_float8(const Job& j, int64_t m) {
 
 static size_t few_float8_prepared_bytes(const Job& j) { return j.m * float8_stride(j) * 4; }
 
-// A row with NaN or Inf among its codes.
-template <int MANTISSA>
-static float dot_special(const Job& j, int64_t n, const float* x) {
+// A row of e4m3 with NaN among its codes.
+static float dot_nan(const Job& j, int64_t n, const float* x) {
   const zp_weight w = weight_of(j);
   const uint8_t* p = j.packed + n * j.format->k;
   float total = 0;
-  for (int64_t k = 0; k < j.format->k; k++) {
-    float weight = Float8<MANTISSA>::value(p[k]) * float_of_exponent(-Float8<MANTISSA>::UNIT);
-    total += scale_of(w, n, k / j.format->group_size) * weight *
-             x[k / FLOAT8_CHUNK * FLOAT8_CHUNK + k % 4 * W + k % FLOAT8_CHUNK / 4];
+  for (int64_t i = 0; i < round_up(j.format->k, FLOAT8_CHUNK); i++) {
+    int64_t k = i / FLOAT8_CHUNK * FLOAT8_CHUNK + column_of(i / W % 4, i % W);
+    if (k >= j.format->k) continue;
+    total += scale_of(w, n, k / j.format->group_size) * (e4m3(p[k]) * float_of_exponent(-UNIT<3>)) * x[i];
   }
   return total;
 }
 
-// EACH: every chunk has factors of its own.
-template <int MR, int MANTISSA, bool EACH>
+// BLOCKS of activations in a chunk, which takes their factors, or 0 for rows of one scale, applied at the end.
+template <int MR, int MANTISSA, int BLOCKS>
 static void dot_float8(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
-  using Format = Float8<MANTISSA>;
-  constexpr int CHUNK = FLOAT8_CHUNK, SUMS = MR == 1 ? 4 : 2;  // as many chains of sums as hide their latency
+  constexpr int CHUNK = FLOAT8_CHUNK;
+  constexpr int SUMS = BLOCKS ? 1 : MR == 1 ? 4 : 2;  // as many chains of sums as hide their latency
   const zp_format& f = *j.format;
-  const bool by_row = !EACH && f.group_size >= f.k;  // one scale: applied at the end
   const Blocks blocks(j);
-  const LanesOf<CHUNK> lanes(j.block);
+  const Positions<CHUNK> positions(j.block);
   const int64_t stride = float8_stride(j), padded = round_up(f.k, 128), whole = f.k / CHUNK;
-  const int64_t span = EACH ? 1 : by_row ? whole : j.block / CHUNK;  // chunks that share their factors
   const float* x = (const float*)j.prepared + m0 * stride;
   float* scales = (float*)__builtin_alloca((j.blocks + PAD) * 4);  // of a row
-  for (int64_t i = 0; i < j.blocks + PAD; i++) scales[i] = by_row ? 1.0f : 0.0f;
+  for (int64_t i = 0; i < j.blocks + PAD; i++) scales[i] = 0;
   Outputs<MR> outputs(j, m0, n0);
   for (int64_t n = n0; n < n1; n++) {
     const uint8_t* p = j.packed + n * f.k;
-    F total[MR], part[MR][SUMS];
+    F total[MR][SUMS];
     Largest seen;
-    unroll<MR>([&](auto r) INLINE { total[r] = zero(); });
+    unroll<MR>([&](auto r) INLINE { unroll<SUMS>([&](auto u) INLINE { total[r][u] = zero(); }); });
+    for (int64_t b = 0; BLOCKS && b < j.blocks; b += W) store(scales + b, blocks.scales(n, b));
     auto use = [&](Words words, int64_t c) INLINE {
-      seen.see(words);
-      unroll<4>([&](auto t) INLINE {
-        F values = shifted<24 - 8 * t, 8 - Format::UPPER>(words, Format::MASK);
-        unroll<MR>([&](auto r) INLINE {
-          F token = load(x + r * stride + c * CHUNK + t * W);
-          part[r][t % SUMS] = fma(values, token, part[r][t % SUMS]);
-        });
+      F values[4];
+      halves<MANTISSA>(words, values);
+      if (MANTISSA == 3) seen.see(words);
+      unroll<MR>([&](auto r) INLINE {
+        const float* token = x + r * stride + c * CHUNK;
+        if constexpr (BLOCKS == 0) {
+          unroll<4>([&](auto t)
+                        INLINE { total[r][t % SUMS] = fma(values[t], load(token + t * W), total[r][t % SUMS]); });
+        } else {
+          const float* factor = scales + positions.first(c);
+          unroll<BLOCKS>([&](auto b) INLINE {
+            constexpr int FIRST = 4 / BLOCKS * b;
+            F part = mul(values[FIRST], load(token + FIRST * W));
+            unroll<4 / BLOCKS - 1>(
+                [&](auto u) INLINE { part = fma(values[FIRST + 1 + u], load(token + (FIRST + 1 + u) * W), part); });
+            total[r][0] = fma(part, set1(factor[b]), total[r][0]);
+          });
+        }
       });
     };
-    for (int64_t b = 0; b < j.blocks && !by_row; b += W) store(scales + b, blocks.scales(n, b));
-    for (int64_t c0 = 0; c0 * CHUNK < f.k; c0 += span) {
-      unroll<MR>([&](auto r) INLINE { unroll<SUMS>([&](auto u) INLINE { part[r][u] = zero(); }); });
-      int64_t end = c0 + span < whole ? c0 + span : whole;
-      for (int64_t c = c0; c < end; c++) {
-        fetch<CHUNK>(p + c * CHUNK);
-        use(load_words(p + c * CHUNK, CHUNK), c);
-        if (EACH) break;
-      }
-      if ((by_row || c0 + span > whole) && f.k % CHUNK) use(load_words(p + whole * CHUNK, f.k % CHUNK), whole);
-      F factor = lanes.template take<EACH ? LanesOf<CHUNK>::MOST : 1>(scales + lanes.first(c0));
-      unroll<MR>([&](auto r) INLINE {
-        F both = add(part[r][0], part[r][1]);
-        if constexpr (SUMS == 4) both = add(both, add(part[r][2], part[r][3]));
-        total[r] = fma(both, factor, total[r]);
-      });
-      if (by_row) break;
+    for (int64_t c = 0; c < whole; c++) {
+      fetch<CHUNK>(p + c * CHUNK);
+      use(load_words(p + c * CHUNK, CHUNK), c);
     }
-    float last = by_row ? scale_of(weight_of(j), n, 0) : 1.0f;
+    if (f.k % CHUNK) use(load_words(p + whole * CHUNK, f.k % CHUNK), whole);
+    float last = BLOCKS ? 1.0f : scale_of(weight_of(j), n, 0);
     unroll<MR>([&](auto r) INLINE {
       const float* token = x + r * stride;
-      float y = seen.reaches(Format::SPECIAL) ? dot_special<MANTISSA>(j, n, token) : sum(total[r]) * last;
+      F all = total[r][0];
+      if constexpr (SUMS >= 2) all = add(all, total[r][1]);
+      if constexpr (SUMS == 4) all = add(all, add(total[r][2], total[r][3]));
+      float y = MANTISSA == 3 && seen.reaches(0x7f) ? dot_nan(j, n, token) : sum(all) * last;
       *outputs.of(r) = y * token[padded];
     });
     outputs.add(1);
   }
 }
 
+template <int MR, int BLOCKS>
+static void dot_float8_in(const Job& j, int64_t m, int64_t n0, int64_t n1) {
+  j.format->kind == ZP_FLOAT8_E4M3FN ? dot_float8<MR, 3, BLOCKS>(j, m, n0, n1)
+                                     : dot_float8<MR, 2, BLOCKS>(j, m, n0, n1);
+}
+
 template <int MR>
 static void dot_float8_of(const Job& j, int64_t m, int64_t n0, int64_t n1) {
-  bool each = j.format->group_size < j.format->k && j.block <= FLOAT8_CHUNK;
-  if (j.format->kind == ZP_FLOAT8_E4M3FN) {
-    each ? dot_float8<MR, 3, true>(j, m, n0, n1) : dot_float8<MR, 3, false>(j, m, n0, n1);
-  } else {
-    each ? dot_float8<MR, 2, true>(j, m, n0, n1) : dot_float8<MR, 2, false>(j, m, n0, n1);
-  }
+  if (j.format->group_size >= j.format->k) return dot_float8_in<MR, 0>(j, m, n0, n1);
+  Positions<FLOAT8_CHUNK>(j.block).by_blocks([&](auto blocks) { dot_float8_in<MR, blocks>(j, m, n0, n1); });
 }
 
 static void dot_float8_rows(const Job& j, int64_t n0, int64_t n1) {
