@@ -119,9 +119,13 @@ class TorchEngine:
         self.figure["kernels"] = dict(Counter(module.kernel for module in modules))
 
     def cast(self) -> None:
-        """Rotary frequencies stay float32, as transformers loads them."""
+        """Rotary frequencies stay float32, as transformers loads them. One call follows: layers
+        that were cast prepare themselves again in it.
+        """
         self.model.to(self.dtype)
         self.model.model.rotary_emb = copy.deepcopy(self.rotary)
+        with torch.inference_mode():
+            self.model(input_ids=self.ids[:, :1], use_cache=False, logits_to_keep=1)
 
     def logits(self, tokens: int) -> Tensor:
         self.cast()

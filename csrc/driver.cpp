@@ -342,26 +342,25 @@ using namespace zp;
 
 extern "C" {
 
-int zp_linear(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
-              const void* levels, const void* bias, int32_t bias_dtype, const void* x, int32_t x_dtype,
-              int64_t x_stride, int64_t m, int32_t int8_activations, void* y, int32_t threads) {
-  int64_t y_bytes = format->n * float_bytes(x_dtype), x_bytes = x_stride * float_bytes(x_dtype);
-  for (int64_t begin = 0; begin < m; begin += TOKENS_AT_ONCE) {
+int zp_linear(const zp_product* product) {
+  const zp_product& p = *product;
+  int64_t y_bytes = p.weight.format->n * float_bytes(p.x_dtype), x_bytes = p.x_stride * float_bytes(p.x_dtype);
+  for (int64_t begin = 0; begin < p.m; begin += TOKENS_AT_ONCE) {
     Job job = {};
-    job.format = format;
-    job.packed = (const uint8_t*)packed;
-    job.scale = scale;
-    job.zero_point = zero_point;
-    job.levels = levels;
-    job.bias = bias;
-    job.bias_dtype = bias_dtype;
-    job.x = (const uint8_t*)x + begin * x_bytes;
-    job.x_dtype = x_dtype;
-    job.x_stride = x_stride;
-    job.m = m - begin < TOKENS_AT_ONCE ? m - begin : TOKENS_AT_ONCE;
-    job.y = (uint8_t*)y + begin * y_bytes;
-    job.int8_activations = int8_activations != 0;
-    int result = linear(job, threads < 1 ? 1 : threads);
+    job.format = p.weight.format;
+    job.packed = p.weight.packed;
+    job.scale = p.weight.scale;
+    job.zero_point = p.weight.zero_point;
+    job.levels = p.weight.levels;
+    job.bias = p.bias;
+    job.bias_dtype = p.bias_dtype;
+    job.x = (const uint8_t*)p.x + begin * x_bytes;
+    job.x_dtype = p.x_dtype;
+    job.x_stride = p.x_stride;
+    job.m = p.m - begin < TOKENS_AT_ONCE ? p.m - begin : TOKENS_AT_ONCE;
+    job.y = (uint8_t*)p.y + begin * y_bytes;
+    job.int8_activations = p.int8_activations != 0;
+    int result = linear(job, p.threads < 1 ? 1 : p.threads);
     if (result != ZP_OK) return result;
   }
   return ZP_OK;

@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define ZP_API __attribute__((visibility("default")))
-#define ZP_VERSION 5
+#define ZP_VERSION 6
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
 enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT, ZP_E8M0 };                                   // dtypes of floats
@@ -45,12 +45,21 @@ typedef struct {
   const void* levels;
 } zp_weight;
 
-// y = x @ weight.T + bias.  x: (m, k) of x_dtype, x_stride elements from row to row, a row contiguous.
-// y: (m, n) of x_dtype, contiguous. bias: (n,) of bias_dtype, or null.
-// int8_activations: x is rounded to int8, one scale for each of the m rows, before it is multiplied.
-ZP_API int zp_linear(const zp_format* format, const void* packed, const void* scale, const void* zero_point,
-                     const void* levels, const void* bias, int32_t bias_dtype, const void* x, int32_t x_dtype,
-                     int64_t x_stride, int64_t m, int32_t int8_activations, void* y, int32_t threads);
+// x: (m, k) of x_dtype, x_stride elements from row to row, a row contiguous. y: (m, n) of x_dtype, contiguous.
+// bias: (n,) of bias_dtype, or null. int8_activations: x is rounded to int8, one scale for each of the m rows, before
+// it is multiplied.
+typedef struct {
+  zp_weight weight;
+  const void* bias;
+  const void* x;
+  void* y;
+  int64_t x_stride, m;
+  int32_t bias_dtype, x_dtype, int8_activations, threads;
+} zp_product;
+
+// y = x @ weight.T + bias. One argument, because a caller that converts each of fourteen takes longer than a small
+// product.
+ZP_API int zp_linear(const zp_product* product);
 
 // Rows of the weight. indices: (count,), or null for the rows 0 .. count - 1. out: (count, k) of out_dtype, contiguous.
 // ZP_BAD_INDEX when an index is outside 0 .. n - 1; nothing is read for it.

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
-from functools import lru_cache
+from ctypes import (
+    POINTER,
+    addressof,
+    byref,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_void_p,
+)
+from functools import cache
 from pathlib import Path
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -21,7 +32,7 @@ from zeropoint.numerics import double_quant, get_scale_dtype, scale_shape
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
-VERSION = 5  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+VERSION = 6  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
 LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DOUBLE_QUANT = 3  # a scale_dtype: scales in 8 bits
@@ -34,6 +45,7 @@ KINDS_BY_DTYPE = {
     torch.float16: 5,
 }
 MOST_COLUMNS = 1 << 18  # a row, its scales and its activations lie on a thread's stack
+PRODUCT = Struct("8P2q4i")  # zp_product of csrc/zeropoint.h
 OK, BAD_INDEX, NO_MEMORY, BAD_ARGUMENT = range(4)
 
 
@@ -57,7 +69,7 @@ class Format(ctypes.Structure):
 # --- the library ---
 
 
-@lru_cache
+@cache
 def _load() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     path = _env.library() or LIBRARY
@@ -78,12 +90,7 @@ def _load() -> ctypes.CDLL | str:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    library.zp_linear.argtypes = [
-        POINTER(Format), c_void_p, c_void_p, c_void_p, c_void_p,  # weight
-        c_void_p, c_int32,  # bias
-        c_void_p, c_int32, c_int64, c_int64, c_int32,  # x
-        c_void_p, c_int32,  # y, threads
-    ]  # fmt: skip
+    library.zp_linear.argtypes = [c_void_p]
     library.zp_rows.argtypes = [
         POINTER(Format), c_void_p, c_void_p, c_void_p, c_void_p,  # weight
         c_void_p, c_int64, c_void_p, c_int32, c_int32,
@@ -150,8 +157,9 @@ def _use_isa(library: ctypes.CDLL, name: str) -> None:
 # --- a weight as the library sees it ---
 
 
-@lru_cache(maxsize=4096)
+@cache
 def _format(scheme: Scheme, n: int, k: int) -> Format:
+    """Kept for as long as the process lives, so that its address may be."""
     fmt = scheme.fmt
     row = Format(
         kind=KINDS[fmt.kind] if fmt.dtype is None else KINDS_BY_DTYPE[fmt.dtype],
@@ -171,7 +179,7 @@ def _format(scheme: Scheme, n: int, k: int) -> Format:
     return row
 
 
-@lru_cache
+@cache
 def _scale_levels() -> ctypes.Array[c_float]:
     """The levels of double quantization as C has them, kept for as long as the process lives."""
     return (c_float * 256)(*double_quant.levels().tolist())
@@ -205,47 +213,42 @@ def linear(x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
 def bind_linear(weight: QTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     """`linear` of one weight, with what does not change from call to call looked up once."""
     n, k = weight.shape
-    call = _library().zp_linear
-    form = byref(_format(weight.scheme, n, k))
-    packed, scale, zero_point, levels = _contiguous_parts(weight)
-    assert packed is not None
+    form = addressof(_format(weight.scheme, n, k))
+    # Addresses are read at every call: tensors may be moved under a module (share_memory_).
+    packed, scale, zero_point, levels = map(_address_of, _contiguous_parts(weight))
     int8_activations = weight.scheme.activations == "int8"
-    get_threads = torch.get_num_threads
+    call, pack, get_threads = _library().zp_linear, PRODUCT.pack, torch.get_num_threads
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
-        shape = x.shape
-        if x.dim() == 2 and x.stride(1) == 1:
-            m, stride = shape[0], x.stride(0)
+        if x.is_contiguous():
+            m, stride = x.numel() // k, k
+        elif x.dim() == 2 and x.stride(1) == 1:
+            m, stride = x.shape[0], x.stride(0)
         else:
-            if not x.is_contiguous():
-                x = x.contiguous()
-            m, stride = x.numel() // k if k else 0, k
-        y = x.new_empty(*shape[:-1], n)  # half the time of torch.empty
-        dtype = DTYPES[x.dtype]
-        if bias is not None and bias.stride(0) != 1:
+            return linear(x.contiguous(), bias)
+        *rows, _ = x.shape
+        y = x.new_empty(*rows, n)  # half the time of torch.empty or of a tuple
+        bias_at = bias_dtype = 0
+        if bias is not None:
             bias = bias.contiguous()
-        # Pointers are read at every call: tensors may be moved under a module (share_memory_).
-        result = call(
-            form,
-            packed.data_ptr(),
-            None if scale is None else scale.data_ptr(),
-            None if zero_point is None else zero_point.data_ptr(),
-            None if levels is None else levels.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            0 if bias is None else DTYPES[bias.dtype],
-            x.data_ptr(),
-            dtype,
-            stride,
-            m,
-            int8_activations,
-            y.data_ptr(),
-            get_threads(),
-        )
+            bias_at, bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
+        # One argument of bytes: ctypes takes three times as long to convert each value.
+        product = pack(
+            form, packed(), scale(), zero_point(), levels(),
+            bias_at, x.data_ptr(), y.data_ptr(), stride, m,
+            bias_dtype, DTYPES[x.dtype], int8_activations, get_threads(),
+        )  # fmt: skip
+        result = call(product)
         if result != OK:
             _raise(result, x.dtype, m, k)
         return y
 
     return linear
+
+
+def _address_of(part: Tensor | None) -> Callable[[], int]:
+    """What returns where it lies: 0 for none."""
+    return int if part is None else part.data_ptr
 
 
 def _raise(result: int, dtype: torch.dtype, m: int, k: int) -> None:

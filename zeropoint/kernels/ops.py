@@ -406,7 +406,7 @@ def _straight(
     """
     packed, scale, zero_point, levels = eager._parts
     columns = shape[1]
-    is_compiling, is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+    is_compiling, is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
     tracing_state, dispatch_modes = torch._C._get_tracing_state, torch._C._len_torch_dispatch_stack
     functorch_level = torch._C._functorch.peek_interpreter_stack
 
@@ -423,7 +423,8 @@ def _straight(
             and functorch_level() is None
             and x.dtype in _DIRECT_DTYPES
             and x.is_cpu
-            and x.shape[-1:] == (columns,)
+            and (shape := x.shape)
+            and shape[-1] == columns
             and (bias is None or bias.dtype in _DIRECT_DTYPES)
             and not (
                 is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

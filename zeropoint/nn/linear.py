@@ -83,7 +83,8 @@ class QLinear(QModule):
         bias = self._parameters["bias"]
         eager = self._eager
         if eager is not None:
-            y = eager.run(self._parts(), x, bias)
+            owner = self._tied_to[0] if self._tied_to else self
+            y = eager.run(owner._buffers, x, bias)
             if y is not None:
                 return y
         if self._compute is None or not x.is_floating_point():
