@@ -3,15 +3,13 @@
 // others.) Included after body.inc.h by an instruction set that also defines
 //
 //   Words, load_words  2 W words of 16 bits; those of the first `bytes` at a pointer, then 0
-//   halves<MANTISSA>   words of codes with so many bits of mantissa -> floats of the lower and of the upper bytes of
-//   the
-//                      first W words, then of the last
+//   halves<MANTISSA>   floats of the codes in the lower bytes of the first W words, in their upper bytes, and the same
+//                      of the last W
 //   Largest            see(words); reaches(magnitude): whether a byte did, but for its sign
 
 static bool is_few_float8(const Job& j) { return !j.tiled && is_float8(*j.format); }
 
-// As a float16, a code of e4m3 is 2^-8 of what it stands for, and its NaN a number; a code of e5m2 is what it stands
-// for.
+// As a float16 a code of e4m3 is 2^-8 of what it stands for, and its NaN a number; one of e5m2 is that itself.
 template <int MANTISSA>
 constexpr int UNIT = MANTISSA == 3 ? 8 : 0;
 

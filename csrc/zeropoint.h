@@ -57,8 +57,7 @@ typedef struct {
   int32_t bias_dtype, x_dtype, int8_activations, threads;
 } zp_product;
 
-// y = x @ weight.T + bias. One argument, because a caller that converts each of fourteen takes longer than a small
-// product.
+// y = x @ weight.T + bias. One argument: converting each of fourteen takes ctypes longer than a small product.
 ZP_API int zp_linear(const zp_product* product);
 
 // Rows of the weight. indices: (count,), or null for the rows 0 .. count - 1. out: (count, k) of out_dtype, contiguous.
