@@ -757,7 +757,7 @@ def _linear_with_a_short_buffer(step, short):
     weight = by_torch(noise(3, 34), scheme_of("int8", False))
     x, bias, new_empty = noise(2, 34), noise(3), torch.Tensor.new_empty
     if short == "x":
-        x = edges.place(noise(2, 40))[:, -33:]  # rows apart: together they are read as they count
+        x = edges.place(noise(2, 40))[:, -33:]  # of values without gaps, whole rows are read
     elif short == "bias":
         bias = edges.place(bias[:2])
     elif short == "y":

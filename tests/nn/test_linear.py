@@ -424,11 +424,12 @@ def test_compile_records_the_operator(gradient):
 
 
 @needs_library
-def test_export_records_the_operator():
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_records_the_operator(strict):
     module = warm()
     x = example_input(QLinear)
     with torch.no_grad():
-        program = torch.export.export(module, (x,))
+        program = torch.export.export(module, (x,), strict=strict)
         targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
         assert targets == [torch.ops.zeropoint.linear.default]
         assert torch.equal(program.module()(x), module(x))

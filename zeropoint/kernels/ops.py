@@ -402,7 +402,8 @@ def _straight(
     direct: Callable[[Tensor, Tensor | None], Tensor], eager: EagerLinear, shape: torch.Size
 ) -> Callable[[Parts, Tensor, Tensor | None], Tensor | None]:
     """`EagerLinear.run`. One function for all questions: between the layers of a model, when caches
-    are full of other things, Python's calls cost more than what they ask.
+    are full of other things, Python's calls cost more than what they ask. What exports without
+    dynamo passes tensors of a type of its own.
     """
     packed, scale, zero_point, levels = eager._parts
     columns = shape[1]
