@@ -15,9 +15,9 @@ inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-inline F abs_max(F a, F b) {  // a NaN in b stays
+inline F abs_max(F a, F b) {  // a NaN in b stays, and one in a: max returns its second operand
   F magnitude = _mm512_abs_ps(b);
-  return _mm512_mask_mov_ps(_mm512_max_ps(a, magnitude), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), magnitude);
+  return _mm512_mask_mov_ps(_mm512_max_ps(magnitude, a), _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), magnitude);
 }
 inline F min(F a, F b) { return _mm512_min_ps(a, b); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -79,11 +79,17 @@ inline F load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline F load_f16_part(const uint16_t* p, int64_t count, bool = false) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p));
+inline __mmask16 lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
+inline F load_part(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), p); }
+inline F load_f16_part(const uint16_t* p, int64_t count, bool) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), p));
 }
-inline F load_i8_part(const int8_t* p, int64_t count, bool = false) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8((__mmask16)((1u << count) - 1), p)));
+inline F load_i8_part(const int8_t* p, int64_t count, bool) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(count), p)));
+}
+inline F lookup256_part(const float* levels, const uint8_t* p, int64_t count) {
+  __m128i codes = _mm_maskz_loadu_epi8(lanes(count < W ? count : W), p);
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(codes), levels, 4);
 }
 inline F from_bf16(__m256i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16)); }
 inline F load_bf16(const uint16_t* p) { return from_bf16(_mm256_loadu_si256((const __m256i*)p)); }
@@ -97,12 +103,16 @@ inline F load_e4m3(const uint8_t* p) {
   __mmask16 nan = _mm_cmpeq_epi8_mask(_mm_and_si128(_mm_loadu_si128((const __m128i*)p), largest), largest);
   return _mm512_mask_mov_ps(v, nan, set1(__builtin_nanf("")));
 }
-inline F load_e8m0(const uint8_t* p) {  // 2^-127 is a subnormal, 255 NaN
-  __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+inline F from_e8m0(__m128i bytes) {  // 2^-127 is a subnormal, 255 NaN
+  __m512i e = _mm512_cvtepu8_epi32(bytes);
   __mmask16 ends =
       _mm512_cmpeq_epi32_mask(e, _mm512_setzero_si512()) | _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
   __m512i bits = _mm512_slli_epi32(e, 23);
   return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, ends, bits, _mm512_set1_epi32(1 << 22)));
+}
+inline F load_e8m0(const uint8_t* p) { return from_e8m0(_mm_loadu_si128((const __m128i*)p)); }
+inline F load_e8m0_part(const uint8_t* p, int64_t count, bool) {
+  return from_e8m0(_mm_maskz_loadu_epi8(lanes(count), p));
 }
 inline void store_f16(uint16_t* p, F v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -199,6 +209,8 @@ inline __m512i spread(__m512i packed) {
   return _mm512_packus_epi16(half[0], half[1]);
 }
 #endif
+
+inline bool fetches_soon() { return false; }
 
 #include "spread.inc.h"
 

@@ -107,19 +107,8 @@ inline void grids(const zp_weight& w, int64_t row, int64_t first, int64_t count,
   int64_t at = row * f.scale_stride + first;
   F half = f.kind == ZP_INTEGER ? set1((float)(1 << (f.bits - 1))) : zero();
   for (int64_t g = 0; g < count; g += W) {
-    int64_t some = count - g < W ? count - g : W;
-    if (w.zero_point && !f.float_zero_point) fetch_later((const int8_t*)w.zero_point + at + g);
-    if (f.scale_dtype == ZP_F16) {
-      fetch_later((const uint16_t*)w.scale + at + g);
-      store(scale + g, load_f16_part((const uint16_t*)w.scale + at + g, some));
-    } else if (f.scale_dtype == ZP_E8M0 && some == W) {
-      store(scale + g, load_e8m0((const uint8_t*)w.scale + at + g));
-    } else {
-      for (int64_t i = 0; i < some; i++) scale[g + i] = read_scale(f, w.scale, at + g + i);
-    }
-    F zero_point = !w.zero_point        ? zero()
-                   : f.float_zero_point ? load_f16_part((const uint16_t*)w.zero_point + at + g, some)
-                                        : load_i8_part((const int8_t*)w.zero_point + at + g, some);
+    store(scale + g, scales_at(f, f.scale_dtype, w.scale, at + g, count - g, false));
+    F zero_point = w.zero_point ? zero_points_at(w.zero_point, f.float_zero_point, at + g, count - g, false) : zero();
     store(offset + g, add(half, zero_point));
   }
 }

@@ -12,9 +12,12 @@
 //   store_i16      rounds to nearest even and stores W int16
 //   store_u8       stores W bytes; smallest and highest over the lanes
 //   store_nearest16   stores W bytes: code[how many of the 15 ascending midpoints are below v]
-//   load_f16_part, load_i8_part    the same of the first `count` < W, then 0; whether W values before may be read, too
+//   load_part load_f16_part load_i8_part load_e8m0_part    the same of the first `count` < W, then what 0 stands for;
+//                  whether W values before may be read, too
 //   lookup16       levels[code] for W codes at a pointer, codes below 16
+//   lookup256_part levels[code] for the first `count` of W codes at a pointer, of 256 levels
 //   unpack, pack   codes of a packed row <-> one byte each
+//   fetches_soon   whether bytes of one token are best fetched soon before they are used, by one instruction
 //   Integer<BITS, Q>, Codebook   codes of a packed row as integers, and activations of Q bytes to multiply them by:
 //       CHUNK codes of BITS bits at a time, from a row (codes, codes_part), and BYTES of activations (arrange); mac: W
 //       sums of their products; Lanes: Positions of a chunk's factors, and take: a vector of those, each sum its own;
@@ -116,11 +119,24 @@ static inline void from_f32(const float* p, int32_t dtype, int64_t count, void* 
 
 static inline int64_t packed_row_bytes(const zp_format& f) { return (f.k * f.bits + 7) / 8; }
 
+// Scales in 8 bits: the mean of all; then of each 256 the largest, and their bytes.
+struct DoubleQuantized {
+  static constexpr int64_t BLOCK = 256, FLOAT = 4;
+  const float mean, largest;
+  const uint8_t* const code;
+  const int64_t left;  // in the block, from this one on
+  DoubleQuantized(const void* scale, int64_t i)
+      : DoubleQuantized(*(const float*)scale, (const uint8_t*)scale + FLOAT + i / BLOCK * (FLOAT + BLOCK), i % BLOCK) {}
+
+ private:
+  DoubleQuantized(float of_all, const uint8_t* block, int64_t at)
+      : mean(of_all), largest(*(const float*)block), code(block + FLOAT + at), left(BLOCK - at) {}
+};
+
 static inline float read_scale(const zp_format& f, const void* scale, int64_t i) {
   if (f.scale_dtype != ZP_DOUBLE_QUANT) return read_float(scale, i, f.scale_dtype);
-  constexpr int64_t BLOCK = 256, FLOAT = 4;
-  const uint8_t* block = (const uint8_t*)scale + FLOAT + i / BLOCK * (FLOAT + BLOCK);
-  return f.scale_levels[block[FLOAT + i % BLOCK]] * *(const float*)block + *(const float*)scale;
+  DoubleQuantized s(scale, i);
+  return f.scale_levels[*s.code] * s.largest + s.mean;
 }
 
 static inline float scale_of(const zp_weight& w, int64_t row, int64_t group) {
@@ -288,17 +304,20 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
 // Weights are fetched before they are used, across pages and rows: to the second-level cache, for which more lines can
 // be on their way than to the first, and to this soon before. Distances in bytes.
 struct Ahead {
-  int64_t far = 6144, near = 512, soon = 1536;
+  int64_t far = 6144, near = 512;
 };
 
 // STEP: bytes from one call to the next; of few of them unpacking is what takes time, with short vectors more of it,
-// and so one instruction has to do. SOON: for what is used nearly as fast as it can be read, by short vectors.
-template <int64_t STEP, bool SOON = false>
+// and so one instruction has to do.
+template <int64_t STEP>
 static inline INLINE void fetch(const void* p, Ahead ahead = {}) {
-  constexpr bool TWICE = STEP * W >= 512 && !SOON;
-  __builtin_prefetch((const uint8_t*)p + (SOON ? ahead.soon : ahead.far), 0, TWICE ? 2 : 3);
+  constexpr bool TWICE = STEP * W >= 512;
+  __builtin_prefetch((const uint8_t*)p + ahead.far, 0, TWICE ? 2 : 3);
   if (TWICE) __builtin_prefetch((const uint8_t*)p + ahead.near);
 }
+
+// For what is used nearly as fast as it can be read, where `fetches_soon`.
+static inline INLINE void fetch_soon(const void* p) { __builtin_prefetch((const uint8_t*)p + 1536); }
 
 // Scales and zero points of later rows: a row has too few for hardware to see that they are read one after the other.
 template <class T>
@@ -394,13 +413,60 @@ struct Outputs {
   }
 };
 
-// Scales and zero points of the blocks of a row from b on: W of them, 0 past the last.
+static __attribute__((noinline, cold)) F read_scales(const zp_format& f, const void* scale, int64_t at, int64_t count) {
+  alignas(64) float values[W] = {};
+  for (int64_t i = 0; i < W && i < count; i++) values[i] = read_scale(f, scale, at + i);
+  return load(values);
+}
+
+// W scales from `at` on, of which only `count` need be there: past them is what a byte or a word of 0 stands for.
+// before: whether there are as many before.
+static inline INLINE F scales_at(const zp_format& f, int32_t dtype, const void* scale, int64_t at, int64_t count,
+                                 bool before) {
+  if (dtype == ZP_F16) {
+    const uint16_t* p = (const uint16_t*)scale + at;
+    fetch_later(p);
+    return count >= W ? load_f16(p) : load_f16_part(p, count, before);
+  }
+  if (dtype == ZP_F32) {
+    const float* p = (const float*)scale + at;
+    fetch_later(p);
+    return count >= W ? load(p) : load_part(p, count);
+  }
+  if (dtype == ZP_E8M0) {
+    const uint8_t* p = (const uint8_t*)scale + at;
+    fetch_later(p);
+    return count >= W ? load_e8m0(p) : load_e8m0_part(p, count, before);
+  }
+  if (dtype == ZP_DOUBLE_QUANT) {
+    DoubleQuantized s(scale, at);
+    fetch_later(s.code);
+    if (s.left >= (count < W ? count : W)) {
+      return add(mul(lookup256_part(f.scale_levels, s.code, count), set1(s.largest)), set1(s.mean));
+    }
+  }
+  return read_scales(f, scale, at, count);
+}
+
+static inline INLINE F zero_points_at(const void* zero_point, bool is_float, int64_t at, int64_t count, bool before) {
+  if (!is_float) {
+    const int8_t* p = (const int8_t*)zero_point + at;
+    fetch_later(p);
+    return count >= W ? load_i8(p) : load_i8_part(p, count, before);
+  }
+  const uint16_t* p = (const uint16_t*)zero_point + at;
+  fetch_later(p);
+  return count >= W ? load_f16(p) : load_f16_part(p, count, before);
+}
+
+// Scales and zero points of the blocks of a row from b on, W of them.
 struct Blocks {
   const zp_format& f;
   const void *scale, *zero_point;
   const int64_t count, per_group, stride;
   const bool of_rows;
   const int32_t as_stored;  // the dtype of scales of which vectors are read as they lie, or -1
+  const bool has_zero_points, float_zero_points;
 
   explicit Blocks(const Job& j)
       : f(*j.format),
@@ -410,39 +476,31 @@ struct Blocks {
         per_group(f.group_size / j.block),
         stride(f.scale_stride),
         of_rows(f.group_size >= f.k),
-        as_stored(per_group == 1 && !of_rows ? f.scale_dtype : -1) {}
+        as_stored(per_group == 1 && !of_rows ? f.scale_dtype : -1),
+        has_zero_points(zero_point),
+        float_zero_points(f.float_zero_point) {}
 
   inline INLINE F scales(int64_t n, int64_t b) const {
-    int64_t at = n * stride, left = count - b;
-    if (as_stored == ZP_F16) {
-      const uint16_t* p = (const uint16_t*)scale + at + b;
-      fetch_later(p);
-      return left >= W ? load_f16(p) : load_f16_part(p, left, b > 0);
-    }
-    if (of_rows) return set1(read_scale(f, scale, at));
-    if (as_stored == ZP_F32 && left >= W) return load((const float*)scale + at + b);
-    if (as_stored == ZP_E8M0 && left >= W) return load_e8m0((const uint8_t*)scale + at + b);
-    alignas(64) float s[W];
-    for (int64_t i = 0; i < W; i++) s[i] = i < left ? read_scale(f, scale, at + (b + i) / per_group) : 0;
-    return load(s);
+    if (as_stored >= 0) return scales_at(f, as_stored, scale, n * stride + b, count - b, b > 0);
+    if (of_rows) return set1(read_scale(f, scale, n * stride));
+    return of_groups(b, [&](int64_t group) { return read_scale(f, scale, n * stride + group); });
   }
 
   inline INLINE F zero_points(int64_t n, int64_t b) const {
-    if (!zero_point) return zero();
-    int64_t at = n * stride, left = count - b;
-    if (per_group == 1 && f.float_zero_point) {
-      const uint16_t* p = (const uint16_t*)zero_point + at + b;
-      fetch_later(p);
-      return left >= W ? load_f16(p) : load_f16_part(p, left, b > 0);
+    if (!has_zero_points) return zero();
+    if (as_stored >= 0) return zero_points_at(zero_point, float_zero_points, n * stride + b, count - b, b > 0);
+    return of_groups(b, [&](int64_t group) { return read_zero_point(f, zero_point, n * stride + group); });
+  }
+
+  template <class Read>
+  __attribute__((noinline)) F of_groups(int64_t b, const Read& read) const {
+    alignas(64) float values[W] = {};
+    int64_t group = b / per_group, blocks = per_group - b % per_group;
+    for (int64_t i = 0; i < W && i < count - b; i++) {
+      values[i] = read(group);
+      if (--blocks == 0) group++, blocks = per_group;
     }
-    if (per_group == 1) {
-      const int8_t* p = (const int8_t*)zero_point + at + b;
-      fetch_later(p);
-      return left >= W ? load_i8(p) : load_i8_part(p, left, b > 0);
-    }
-    alignas(64) float z[W];
-    for (int64_t i = 0; i < W; i++) z[i] = i < left ? read_zero_point(f, zero_point, at + (b + i) / per_group) : 0;
-    return load(z);
+    return load(values);
   }
 };
 
@@ -453,6 +511,7 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
   constexpr int TOGETHER = 4;                                     // rows whose sums are added up at the same time
   constexpr bool AT_ONCE = W == 8 && Source::BITS == 8;           // used nearly as fast as they can be read
   constexpr int PAIR = AT_ONCE || 2 * CHUNK_BYTES <= 64 ? 2 : 1;  // chunks of one turn of the loop
+  const bool soon = AT_ONCE && MR == 1 && fetches_soon();
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
   const int64_t last = (f.k + CHUNK - 1) / CHUNK - 1, last_bytes = j.row_bytes - last * CHUNK_BYTES;
@@ -501,7 +560,8 @@ static void dot_integer(const Job& j, int64_t m0, int64_t n0, int64_t n1) {
         for (; c + PAIR <= last; c += PAIR) {
           constexpr int LINES = (PAIR * CHUNK_BYTES + 63) / 64;
           unroll<LINES>([&](auto line) INLINE {
-            fetch<PAIR * CHUNK_BYTES / LINES, AT_ONCE && MR == 1>(p + c * CHUNK_BYTES + 64 * line);
+            const uint8_t* now = p + c * CHUNK_BYTES + 64 * line;
+            soon ? fetch_soon(now) : fetch<PAIR * CHUNK_BYTES / LINES>(now);
           });
           int64_t at = lanes.first(c);
           unroll<PAIR>([&](auto u)

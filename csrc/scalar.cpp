@@ -34,7 +34,7 @@ inline F div(F a, F b) { return a / b; }
 inline F fma(F a, F b, F c) { return a * b + c; }
 inline F abs_max(F a, F b) {
   float magnitude = __builtin_fabsf(b);
-  return magnitude <= a ? a : magnitude;  // a NaN in b stays
+  return magnitude <= a || a != a ? a : magnitude;  // a NaN stays, of either
 }
 inline F min(F a, F b) { return b < a ? b : a; }
 inline F max(F a, F b) { return b > a ? b : a; }
@@ -54,8 +54,11 @@ inline float largest(F a) { return a; }
 inline F load_u8(const uint8_t* p) { return *p; }
 inline F load_i8(const int8_t* p) { return *p; }
 inline F load_f16(const uint16_t* p) { return scalar_f16(*p); }
-inline F load_f16_part(const uint16_t*, int64_t, bool = false) { return 0; }  // never part of one
-inline F load_i8_part(const int8_t*, int64_t, bool = false) { return 0; }
+inline F load_part(const float*, int64_t) { return 0; }  // never part of one
+inline F load_f16_part(const uint16_t*, int64_t, bool) { return 0; }
+inline F load_i8_part(const int8_t*, int64_t, bool) { return 0; }
+inline F load_e8m0_part(const uint8_t*, int64_t, bool) { return 0; }
+inline F lookup256_part(const float* levels, const uint8_t* p, int64_t) { return levels[*p]; }
 inline F load_bf16(const uint16_t* p) { return scalar_bf16(*p); }
 static inline float e4m3(uint8_t c);
 inline F load_e5m2(const uint8_t* p) { return scalar_f16((uint16_t)(*p << 8)); }
@@ -79,6 +82,8 @@ inline void store_bf16(uint16_t* p, F v) {
 }
 inline void store_i16(int16_t* p, F v) { *p = (int16_t)v; }
 inline F lookup16(const float* levels, const uint8_t* codes) { return levels[*codes & 15]; }
+
+inline bool fetches_soon() { return false; }
 
 #include "spread.inc.h"
 

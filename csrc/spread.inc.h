@@ -117,12 +117,9 @@ struct IntegerLevels {
   alignas(32) int16_t value[16] = {};
   float unit;
   explicit IntegerLevels(const float* level) {
-    float top = 0;
-    for (int c = 0; c < 16; c++) {
-      float magnitude = __builtin_fabsf(level[c]);
-      top = magnitude <= top ? top : magnitude;  // a NaN stays
-      if (top != top) break;
-    }
+    F most = zero();
+    for (int c = 0; c < 16; c += W) most = abs_max(most, load(level + c));
+    float top = largest(most), per_unit;  // a NaN stays
     uint32_t bits, exponent;
     __builtin_memcpy(&bits, &top, 4);
     exponent = (bits >> 23) + ((bits & 0x7fffff) != 0);  // of the power of two at or above top
@@ -132,7 +129,9 @@ struct IntegerLevels {
     }
     bits = (exponent - 14) << 23;
     __builtin_memcpy(&unit, &bits, 4);
-    for (int c = 0; c < 16; c++) value[c] = (int16_t)__builtin_rintf(level[c] / unit);
+    bits = (254 + 14 - exponent) << 23;
+    __builtin_memcpy(&per_unit, &bits, 4);
+    for (int c = 0; c < 16; c += W) store_i16(value + c, round_even(mul(load(level + c), set1(per_unit))));
   }
 };
 

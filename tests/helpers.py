@@ -256,7 +256,7 @@ def integer_bound(x, weight: QTensor, real, int8: bool) -> torch.Tensor:
         fixed = weight.scheme.fmt.levels
         levels = torch.tensor(fixed) if weight.levels is None else weight.levels
         assert weight.scales is not None
-        largest = weight.scales.double() * levels.double().abs().amax(-1, keepdim=True)
+        largest = weight.scales.double().abs() * levels.double().abs().amax(-1, keepdim=True)
         largest = largest.expand(len(real), -1)
         by_column = largest.repeat_interleave(k // largest.shape[1], dim=1)
         steps = steps + 2.0**-14 * x.abs() @ by_column.T

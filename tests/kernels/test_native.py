@@ -148,8 +148,9 @@ def test_every_format_shape_and_batch_matches_the_oracle(name, symmetric, activa
 
 
 # Beyond what fits in a cache or in registers at once: columns of a pass (AMX: 4096 for few tokens,
-# 576 or 1152 for many), rows of a panel (256), tokens kept with it (512).
-DEEP = ((40, 4416, 5), (35, 8256, 40), (33, 1632, 150), (289, 832, 530))  # (N, K, tokens)
+# 576 or 1152 for many), rows of a panel (256), tokens kept with it (512), scales of a vector (16)
+# and of a block that is quantized again (256). N, K, tokens.
+DEEP = ((40, 1632, 3), (40, 4416, 5), (35, 8256, 40), (33, 1632, 150), (289, 832, 530))
 
 
 @every_isa
@@ -163,6 +164,9 @@ DEEP = ((40, 4416, 5), (35, 8256, 40), (33, 1632, 150), (289, 832, 530))  # (N, 
         scheme_of("int8", activations="int8"),
         scheme_of("int4", activations="int8"),
         scheme_of("nf4", granularity="group", group_size=32),
+        scheme_of("nf4", granularity="group", group_size=32, double_quant=True),
+        scheme_of("nf4", granularity="group", group_size=32, scale_dtype="bfloat16"),
+        scheme_of("mxfp4", granularity="group", group_size=32, scale_dtype="float8_e8m0fnu"),
         scheme_of("float8_e5m2"),
         scheme_of("mxfp8_e4m3", granularity="group", group_size=32, scale_dtype="float8_e8m0fnu"),
         scheme_of("bfloat16"),
