@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t TOKENS_AT_ONCE = 1024;  // bounds the memory that prepared activations take
 constexpr size_t KEEP_BYTES = 64 << 20;   // a thread's workspace larger than this is given back after the call
-constexpr size_t HUGE_PAGE = 2 << 20;     // a workspace of this size and more is asked for in such pages
+constexpr size_t HUGE_PAGE = 2 << 20;
 // Weight bytes times tokens below which a second thread costs more than it gives, and below which one that sleeps does:
 // by the time it is awake, tens of microseconds later, such a job is done.
 constexpr int64_t SERIAL_BYTES = 64 << 10, CALL_BYTES = 1 << 20;
@@ -31,6 +31,16 @@ int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 int64_t float_bytes(int32_t dtype) { return dtype == ZP_F32 ? 4 : 2; }
+
+// Asks for huge pages where `data` has some: fresh memory is had with fewer faults then, and read faster. Where
+// refused, small ones serve as well.
+void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__)
+  uintptr_t begin = ((uintptr_t)data + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1),
+            end = ((uintptr_t)data + bytes) & ~(HUGE_PAGE - 1);
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // Memory that a calling thread keeps between calls.
 struct Workspace {
@@ -44,9 +54,7 @@ struct Workspace {
       size = (bytes + unit - 1) & ~(unit - 1);
       data = (uint8_t*)aligned_alloc(unit < HUGE_PAGE ? 64 : HUGE_PAGE, size);
       if (!data) size = 0;
-#if defined(__linux__)
-      if (data && unit == HUGE_PAGE) madvise(data, size, MADV_HUGEPAGE);  // where refused, small ones serve as well
-#endif
+      use_huge_pages(data, size);
     }
     return data;
   }
@@ -373,6 +381,7 @@ int zp_rows(const zp_format* format, const void* packed, const void* scale, cons
   }
   zp_weight weight = {format, (const uint8_t*)packed, scale, zero_point, levels};
   Rows rows = {&in_use(), weight, indices, (uint8_t*)out, out_dtype, count, 0};
+  use_huge_pages(out, count * format->k * float_bytes(out_dtype));
   rows.step = rows_at_once(count, format->k, threads);
   parallel(threads, ceil_div(count, rows.step), run_rows, &rows);
   return ZP_OK;
