@@ -1,8 +1,8 @@
 """Versions of the native library beside each other, in one process, on the same weights.
 
-    git worktree add /tmp/before HEAD~1 && cmake -S /tmp/before -B /tmp/before/build
-    cmake --build /tmp/before/build
-    python bench/versions.py /tmp/before/build/libzeropoint.so zeropoint/lib/libzeropoint.so
+    git worktree add ../before HEAD~1
+    cmake -S ../before -B ../before/build && cmake --build ../before/build
+    python bench/versions.py ../before/zeropoint/lib/libzeropoint.so zeropoint/lib/libzeropoint.so
     python bench/versions.py A.so B.so --schemes nf4 --double-quant --shape 1536 576 --isa avx2
 
 Memory that one process got is read up to a tenth faster than what another got, so versions are not
