@@ -17,7 +17,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -36,10 +36,9 @@ from _common import (
     summary,
     take_turns,
 )
-from _sides import Call, copies, count_for, noise, our_calls, quantized, walk
+from _sides import CEILINGS, copies, count_for, noise, operations, our_calls, quantized, walk
 
 from zeropoint import native
-from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
 FILE = RESULTS / "versions.jsonl"
@@ -47,19 +46,17 @@ FILE = RESULTS / "versions.jsonl"
 
 def opened(path: str, isa: str | None) -> ctypes.CDLL:
     """The library at `path`, using this instruction set, or the fastest."""
-    library = ctypes.CDLL(str(Path(path).resolve()))
-    if library.zp_version() != native.VERSION:
-        sys.exit(f"{path} has ABI version {library.zp_version()}, this tree has {native.VERSION}")
-    native._declare(library)
+    library = native._open(Path(path).resolve())
+    if isinstance(library, str):
+        sys.exit(library)
     if isa is not None:
         native._use_isa(library, isa)
     return library
 
 
-def calls_of(library: ctypes.CDLL, weights: Sequence[QTensor]) -> list[Call]:
-    """x -> y for each weight, by this library."""
-    with patch.object(native, "_library", lambda: library):
-        return our_calls(weights)
+def using(library: ctypes.CDLL) -> AbstractContextManager[object]:
+    """What `zeropoint.native` binds inside is this library's."""
+    return patch.object(native, "_library", lambda: library)
 
 
 def measure(
@@ -72,10 +69,11 @@ def measure(
     weights, _ = copies(weight, 1 if args.warm else count_for(weight.nbytes, args.megabytes << 20))
     turns = {}
     for path, library in libraries.items():
-        calls = calls_of(library, weights)
-        check_linear(f"{path}, {scheme}", calls[0](x), x, weight, as_bfloat16=True)
-        calls = calls * args.repeats
-        turns[path] = partial(walk, calls, x, time.perf_counter)
+        with using(library):
+            calls = our_calls(weights)
+            tiles = bool(operations(CEILINGS.index("bfloat16"), 1, 1))
+        check_linear(f"{path}, {scheme}", calls[0](x), x, weight, as_bfloat16=tiles)
+        turns[path] = partial(walk, calls * (50 if args.warm else 1), x, time.perf_counter)
     samples = take_turns(turns, args.rounds)
     first = samples[next(iter(libraries))]
     return {
@@ -97,7 +95,7 @@ def main() -> None:
     parser.add_argument("libraries", nargs="+", help="files; the first is what others are beside")
     parser.add_argument("--schemes", nargs="+", default=["int4", "int8", "nf4", "float8_e4m3fn"])
     parser.add_argument("--group-size", type=int, help="of all of them")
-    parser.add_argument("--double-quant", action="store_true")
+    parser.add_argument("--double-quant", action="store_true", default=None)
     parser.add_argument("--activations", choices=["int8"])
     parser.add_argument("--shape", nargs=2, type=int, default=(4096, 4096), metavar=("N", "K"))
     parser.add_argument("--tokens", type=int, default=1, metavar="M")
@@ -107,20 +105,21 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="one copy, over and over")
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
-    args.repeats = 50 if args.warm else 1
     libraries = {path: opened(path, args.isa) for path in args.libraries}
-    options = {"group_size": args.group_size, "activations": args.activations}
-    options = {name: value for name, value in options.items() if value is not None}
-    if args.double_quant:
-        options["double_quant"] = True
+    isa = {}
+    for path, library in libraries.items():
+        with using(library):
+            isa[path] = native.instruction_set()
+    fields = {name: getattr(args, name) for name in ("group_size", "double_quant", "activations")}
+    fields = {name: value for name, value in fields.items() if value is not None}
     figures = []
     with torch.no_grad(), Watch() as watch:
         for threads in args.threads:
             for name in args.schemes:
-                scheme = Scheme.of(name, **options)
+                scheme = Scheme.of(name, **fields)
                 progress(f"{scheme}, {threads} threads")
                 figures.append(measure(libraries, scheme, threads, args))
-    about = circumstances(("torch",)) | {"isa": args.isa} | watch.figures
+    about = circumstances(("torch",)) | {"isa": isa} | watch.figures
     append(FILE, figures, about)
     columns = ["scheme", "threads"]
     for path in libraries:

@@ -419,8 +419,8 @@ static __attribute__((noinline, cold)) F read_scales(const zp_format& f, const v
   return load(values);
 }
 
-// W scales from `at` on, of which only `count` need be there: past them is what a byte or a word of 0 stands for.
-// before: whether there are as many before.
+// W scales of this dtype (f's) from `at` on, of which only `count` need be there: past them is what a byte or a word of
+// 0 stands for. before: whether there are as many before.
 static inline INLINE F scales_at(const zp_format& f, int32_t dtype, const void* scale, int64_t at, int64_t count,
                                  bool before) {
   if (dtype == ZP_F16) {
@@ -465,6 +465,7 @@ struct Blocks {
   const void *scale, *zero_point;
   const int64_t count, per_group, stride;
   const bool of_rows;
+  // Of f, once: asking it again for each row takes a few percent.
   const int32_t as_stored;  // the dtype of scales of which vectors are read as they lie, or -1
   const bool has_zero_points, float_zero_points;
 

@@ -75,6 +75,14 @@ def _load() -> ctypes.CDLL | str:
     path = _env.library() or LIBRARY
     if not path.is_file():
         return f"the native library was not built ({path} is not there): no C++ compiler at install"
+    library, forced = _open(path), _env.forced_isa()
+    if forced is not None and not isinstance(library, str):
+        _use_isa(library, forced)
+    return library
+
+
+def _open(path: Path) -> ctypes.CDLL | str:
+    """The library in this file, or why it is none."""
     try:
         library = ctypes.CDLL(str(path))
         version = library.zp_version()
@@ -83,9 +91,6 @@ def _load() -> ctypes.CDLL | str:
     if version != VERSION:
         return f"{path} has ABI version {version}, this zeropoint needs {VERSION}; install it again"
     _declare(library)
-    forced = _env.forced_isa()
-    if forced is not None:
-        _use_isa(library, forced)
     return library
 
 
