@@ -447,8 +447,7 @@ double peak_amx(int32_t what, int64_t repeats) {
 }  // namespace
 
 extern const Isa amx;
-const Isa amx = {
-    "amx",  tile_amx, tokens_amx, prepared_bytes_amx, prepare_amx, rows_amx, scratch_bytes_amx, multiply_amx, decode,
-    encode, read,     peak_amx};
+const Isa amx = {"amx",        tile_amx, tokens_amx, prepared_bytes_amx, prepare_amx, rows_amx, scratch_bytes_amx,
+                 multiply_amx, decode,   encode,     normalize,          gate,        read,     peak_amx};
 
 }  // namespace zp

@@ -799,6 +799,7 @@ static void gemm(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   put_transposed(j, sums, tokens, 0, j.m, n0, rows);
 }
 
+#include "between.inc.h"
 #include "encode.inc.h"
 
 // --- the functions of kernels.h's table ---

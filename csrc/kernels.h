@@ -48,7 +48,9 @@ struct Isa {
   void (*multiply)(const Job&, int64_t n0, int64_t n1, uint8_t* scratch);   // all tokens, weight rows [n0, n1)
   void (*decode)(const zp_weight&, int64_t row, int32_t dtype, void* out);  // one dequantized row
   int (*encode)(const zp_format&, const void* weight, int32_t dtype, int64_t row, uint8_t* packed, void* scale,
-                int8_t* zero_point);                    // one row quantized
+                int8_t* zero_point);  // one row quantized
+  void (*normalize)(const zp_norm&, int64_t row0, int64_t row1);
+  void (*gate)(const zp_gate&, int64_t begin, int64_t end);
   int64_t (*read)(const uint8_t* data, int64_t bytes);  // the sum of its words, so that it must be read
   double (*peak)(int32_t what, int64_t repeats);        // operations done in registers: what no kernel can exceed
 };

@@ -150,7 +150,7 @@ double peak(int32_t what, int64_t repeats) { return what == ZP_PEAK_FLOAT32 ? pe
 }  // namespace
 
 extern const Isa scalar;
-const Isa scalar = {"scalar",      tile,     tokens, prepared_bytes, prepare, rows,
-                    scratch_bytes, multiply, decode, encode,         read,    peak};
+const Isa scalar = {"scalar", tile,   tokens, prepared_bytes, prepare, rows, scratch_bytes,
+                    multiply, decode, encode, normalize,      gate,    read, peak};
 
 }  // namespace zp

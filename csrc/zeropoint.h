@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define ZP_API __attribute__((visibility("default")))
-#define ZP_VERSION 6
+#define ZP_VERSION 7
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
 enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT, ZP_E8M0 };                                   // dtypes of floats
@@ -71,6 +71,32 @@ ZP_API int zp_rows(const zp_format* format, const void* packed, const void* scal
 // dtype cannot hold.
 ZP_API int zp_quantize(const zp_format* format, const void* weight, int32_t dtype, void* packed, void* scale,
                        void* zero_point, int32_t threads);
+
+// y = x / sqrt(mean of x^2 of a row + eps) * (weight + shift), in float32. x, y: (rows, columns) of dtype, contiguous;
+// weight: (columns,) of weight_dtype. rounds_first: to dtype before it is multiplied by the weight, too.
+typedef struct {
+  const void* x;
+  const void* weight;
+  void* y;
+  int64_t rows, columns;
+  float eps, shift;
+  int32_t dtype, weight_dtype, rounds_first, threads;
+} zp_norm;
+
+ZP_API int zp_rms_norm(const zp_norm* norm);
+
+enum { ZP_SILU, ZP_GELU_TANH };  // zp_gate.activation
+
+// y = activation(gate) * up, the first factor rounded to dtype. count values of each, of dtype.
+typedef struct {
+  const void* gate;
+  const void* up;
+  void* y;
+  int64_t count;
+  int32_t dtype, activation, threads;
+} zp_gate;
+
+ZP_API int zp_gated(const zp_gate* gate);
 
 // Instruction sets, slowest first: zp_isa_name(i) is null past the end, zp_isa_why_not(i) is null when usable here.
 ZP_API const char* zp_isa_name(int32_t index);

@@ -502,6 +502,99 @@ def _quantize_without_memory(step):
     assert native.can_quantize(torch.nn.Parameter(noise(4, 64)), scheme)
 
 
+# --- between linear layers ------------------------------------------------------------------------
+
+SIZES_BETWEEN = ((1, 1), (1, 576), (7, 15), (3, 129), (40, 1000))  # the last for several threads
+UNIT = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+
+
+def assert_norm(y, x, weight, *, eps, shift, rounds_first):
+    """Within the roundings: of a sum of squares in float32, and of one or two of y's dtype."""
+    wide, k = x.double(), x.shape[-1]
+    expected = (
+        wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + shift)
+    )
+    unit = UNIT[y.dtype] * (1 if rounds_first else 0.5)  # half a unit each
+    bound = expected.abs() * (unit + UNIT[torch.float32] * (k / 2 + 4))
+    smallest = torch.finfo(y.dtype).smallest_normal * UNIT[y.dtype] * (1 + weight.double().abs())
+    assert y.dtype is x.dtype and bool(((y.double() - expected).abs() <= bound + smallest).all())
+
+
+def assert_gated(y, gate, up, activation):
+    """Within the roundings: of e^-s by the relative error of s, and of two products."""
+    g, wide = gate.double(), up.double()
+    s = g if activation == "silu" else 2 * (2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)
+    factor = g / (1 + torch.exp(-s))
+    f32 = UNIT[torch.float32]
+    tail = g.abs() * torch.finfo(torch.float32).smallest_normal * 4  # e^88.4 is infinity
+    tail += torch.finfo(y.dtype).smallest_normal * UNIT[y.dtype]
+    bound = (factor.abs() * (UNIT[y.dtype] + f32 * (8 + 4 * s.abs())) + tail) * wide.abs()
+    last = torch.finfo(y.dtype).smallest_normal * UNIT[y.dtype]
+    assert y.dtype is gate.dtype
+    assert bool(((y.double() - factor * wide).abs() <= bound + last).all())
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounds_first", [True, False])
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_a_norm_is_within_roundings(isa, dtype, rounds_first, shift):
+    settings = {"shift": shift, "rounds_first": rounds_first}
+    for rows, k in SIZES_BETWEEN:
+        for size, eps in ((1.0, 1e-6), (1e-3, 1e-5), (1e2, 1e-5)):
+            x, weight = (noise(rows, k) * size).to(dtype), noise(k, seed=1).to(dtype)
+            y = native.rms_norm(x, weight, eps=eps, **settings)
+            assert_norm(y, x, weight, eps=eps, **settings)
+    wide = noise(k, seed=2)  # a weight that is wider than the tokens
+    y = native.rms_norm(x, wide, eps=1e-5, shift=shift, rounds_first=False)
+    assert_norm(y, x, wide, eps=1e-5, shift=shift, rounds_first=False)
+    strided = noise(rows, 2 * k).to(dtype)[:, ::2]
+    y = native.rms_norm(strided, weight, eps=1e-5, **settings)
+    assert_norm(y, strided, weight, eps=1e-5, **settings)
+    zeros = torch.zeros(2, k, dtype=dtype)
+    assert torch.equal(native.rms_norm(zeros, weight, eps=1e-5, **settings), zeros)
+    spoiled = x.clone()
+    spoiled[0, k // 2] = torch.nan
+    y = native.rms_norm(spoiled, weight, eps=1e-5, **settings)
+    assert bool(y[0].isnan().all()) and not bool(y[1:].isnan().any())
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_a_gate_is_within_roundings(isa, dtype, activation):
+    for rows, k in SIZES_BETWEEN:
+        for size in (1.0, 30.0):
+            gate, up = (noise(rows, k) * size).to(dtype), noise(rows, k, seed=1).to(dtype)
+            assert_gated(native.gated(gate, up, activation), gate, up, activation)
+    assert_gated(native.gated(gate.T, up.T, activation), gate.T, up.T, activation)
+    edge = torch.finfo(dtype)
+    values = [0.0, edge.max, -edge.max, edge.smallest_normal, -88.0, -89.0, -104.0, 88.5, 1e4, -1e4]
+    gate = torch.tensor(values, dtype=dtype)
+    assert_gated(
+        native.gated(gate, torch.ones_like(gate), activation), gate, gate * 0 + 1, activation
+    )
+    ends = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    up, down, nan = native.gated(ends, torch.ones_like(ends), activation).tolist()
+    assert up == torch.inf and down != down and nan != nan  # as torch: -inf * 0 is NaN
+
+
+def test_the_bounds_of_norms_and_gates_reject_what_is_wrong():
+    x, weight = noise(4, 64), noise(64, seed=1)
+    settings = {"eps": 1e-5, "shift": 0.0, "rounds_first": False}
+    y = torch.nn.functional.rms_norm(x, (64,), weight, 1e-5)
+    assert_norm(y, x, weight, **settings)
+    g = torch.nn.functional.silu(x) * x.flip(0)
+    assert_gated(g, x, x.flip(0), "silu")
+    for wrong in (lambda y: y * (1 + 1e-4), lambda y: -y, lambda y: y[[1, 0, 2, 3]]):
+        with pytest.raises(AssertionError):
+            assert_norm(wrong(y), x, weight, **settings)
+        with pytest.raises(AssertionError):
+            assert_gated(wrong(g), x, x.flip(0), "silu")
+
+
 # --- threads and processes ------------------------------------------------------------------------
 
 
@@ -511,10 +604,15 @@ def test_the_number_of_threads_changes_no_row_and_no_code(isa):
     weight, scheme = noise(801, 256), scheme_of("int5", False, 64, "float16")
     expected = by_torch(weight, scheme)
     dense = expected.dequantize()
+    settings = {"eps": 1e-5, "shift": 0.0, "rounds_first": True}
+    norms, gates = [], []
     for count in (1, 2, 3, 16, 1):
         with threads(count):
             assert_same(native.quantize(weight, scheme), expected)
             assert torch.equal(native.rows(expected, None, torch.float32), dense)
+            norms.append(native.rms_norm(weight, weight[0], **settings))
+            gates.append(native.gated(weight, weight.flip(0), "silu"))
+    assert all(torch.equal(y, ys[0]) for ys in (norms, gates) for y in ys)
 
 
 JOBS = (("int4", 1), ("nf4", 2), ("int8", 20), ("float8_e4m3fn", 3))
@@ -649,6 +747,7 @@ class Edges:
         new_empty = lambda tensor, *shape: self.empty(shape, dtype=tensor.dtype)  # noqa: E731
         with (
             mock.patch.object(torch, "empty", self.empty),
+            mock.patch.object(torch, "empty_like", lambda x: self.empty(x.shape, dtype=x.dtype)),
             mock.patch.object(torch.Tensor, "new_empty", new_empty),
         ):
             result = function(*arguments)
@@ -722,9 +821,23 @@ def _quantize_at_edges(step, isa, at_end):
             assert_same(found, by_torch(weight, scheme))
 
 
+def _between_at_edges(step, isa, at_end):
+    edges, where = _at_edges(isa, at_end)
+    for dtype in DTYPES:
+        for rows, k in ((1, 1), (3, 15), (2, 64), (5, 577), (70, 577)):
+            step(f"{dtype}, {rows} x {k}, at {where}")
+            x, w, up = noise(rows, k).to(dtype), noise(k).to(dtype), noise(rows, k).to(dtype)
+            norm = partial(native.rms_norm, eps=1e-5, shift=1.0, rounds_first=False)
+            assert torch.equal(edges.call(norm, edges.place(x), edges.place(w)), norm(x, w))
+            gate = partial(native.gated, activation="silu")
+            assert torch.equal(edges.call(gate, edges.place(x), edges.place(up)), gate(x, up))
+
+
 @needs_library
 @every_isa
-@pytest.mark.parametrize("function", [_linear_at_edges, _rows_at_edges, _quantize_at_edges])
+@pytest.mark.parametrize(
+    "function", [_linear_at_edges, _rows_at_edges, _quantize_at_edges, _between_at_edges]
+)
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
 def test_nothing_is_touched_outside_of_a_buffer(function, at_end, isa):
     in_child(function, isa, at_end)

@@ -19,6 +19,7 @@ def test_exported_names_are_pinned():
         "CalibrationTable",
         "Comparison",
         "Footprint",
+        "FusionReport",
         "HeadImportance",
         "Memory",
         "MergeReport",
@@ -42,6 +43,7 @@ def test_exported_names_are_pinned():
         "footprint",
         "formats",
         "freeze",
+        "fuse",
         "head_importance",
         "load",
         "loftq_init",
@@ -56,6 +58,7 @@ def test_exported_names_are_pinned():
         "resize_token_embeddings",
         "rotate",
         "save",
+        "unfuse",
         "verify",
     ]
 

@@ -20,6 +20,7 @@ __all__ = [
     "CalibrationTable",
     "Comparison",
     "Footprint",
+    "FusionReport",
     "HeadImportance",
     "Memory",
     "MergeReport",
@@ -43,6 +44,7 @@ __all__ = [
     "footprint",
     "formats",
     "freeze",
+    "fuse",
     "head_importance",
     "load",
     "loftq_init",
@@ -57,6 +59,7 @@ __all__ = [
     "resize_token_embeddings",
     "rotate",
     "save",
+    "unfuse",
     "verify",
 ]
 
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from zeropoint.flows.activations import CalibrationTable, calibrate, calibration_table
     from zeropoint.flows.data import Calibration
     from zeropoint.flows.dequantize import dequantize
+    from zeropoint.flows.fuse import FusionReport, fuse, unfuse
     from zeropoint.flows.heads import HeadImportance, head_importance
     from zeropoint.flows.plan import Plan, plan
     from zeropoint.flows.ptq import freeze, quantize
@@ -93,6 +97,7 @@ _HOMES = {
     "CalibrationTable": "zeropoint.flows.activations",
     "Comparison": "zeropoint.evaluate.compare",
     "Footprint": "zeropoint.evaluate.footprint",
+    "FusionReport": "zeropoint.flows.fuse",
     "HeadImportance": "zeropoint.flows.heads",
     "Memory": "zeropoint.evaluate.memory",
     "MergeReport": "zeropoint.evaluate.merging",
@@ -114,6 +119,7 @@ _HOMES = {
     "finetune": "zeropoint.flows.qat",
     "footprint": "zeropoint.evaluate.footprint",
     "freeze": "zeropoint.flows.ptq",
+    "fuse": "zeropoint.flows.fuse",
     "head_importance": "zeropoint.flows.heads",
     "load": "zeropoint.integrations.load",
     "loftq_init": "zeropoint.integrations.peft",
@@ -126,6 +132,7 @@ _HOMES = {
     "resize_token_embeddings": "zeropoint.model.embeddings",
     "rotate": "zeropoint.flows.rotate",
     "save": "zeropoint.model.save",
+    "unfuse": "zeropoint.flows.fuse",
     "verify": "zeropoint.flows.verify",
 }
 _MODULES = {

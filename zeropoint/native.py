@@ -32,7 +32,7 @@ from zeropoint.numerics import double_quant, get_scale_dtype, scale_shape
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
-VERSION = 6  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+VERSION = 7  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
 LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DOUBLE_QUANT = 3  # a scale_dtype: scales in 8 bits
@@ -45,7 +45,10 @@ KINDS_BY_DTYPE = {
     torch.float16: 5,
 }
 MOST_COLUMNS = 1 << 18  # a row, its scales and its activations lie on a thread's stack
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 PRODUCT = Struct("8P2q4i")  # zp_product of csrc/zeropoint.h
+NORM = Struct("3P2q2f4i")  # zp_norm
+GATE = Struct("3Pq3i")  # zp_gate
 OK, BAD_INDEX, NO_MEMORY, BAD_ARGUMENT = range(4)
 
 
@@ -96,6 +99,8 @@ def _open(path: Path) -> ctypes.CDLL | str:
 
 def _declare(library: ctypes.CDLL) -> None:
     library.zp_linear.argtypes = [c_void_p]
+    library.zp_rms_norm.argtypes = [c_void_p]
+    library.zp_gated.argtypes = [c_void_p]
     library.zp_rows.argtypes = [
         POINTER(Format), c_void_p, c_void_p, c_void_p, c_void_p,  # weight
         c_void_p, c_int64, c_void_p, c_int32, c_int32,
@@ -249,6 +254,39 @@ def bind_linear(weight: QTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         return y
 
     return linear
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, shift: float, rounds_first: bool) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * (weight + shift), in float32. x: (..., K) float; weight: (K,)
+    float; returns (..., K) of x's dtype. rounds_first: to that dtype before the product, too.
+
+    Zhang and Sennrich 2019, equation 4.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x)
+    columns = weight.numel()
+    norm = NORM.pack(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // max(columns, 1), columns,
+        eps, shift, DTYPES[x.dtype], DTYPES[weight.dtype], rounds_first, torch.get_num_threads(),
+    )  # fmt: skip
+    _library().zp_rms_norm(norm)
+    return y
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """y = activation(gate) * up, the first factor rounded to their dtype. Both: (..., N) float, of
+    one shape and dtype, as is y. activation: a key of ACTIVATIONS.
+
+    Shazeer 2020, equation 6.
+    """
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    product = GATE.pack(
+        gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(),
+        DTYPES[gate.dtype], ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    _library().zp_gated(product)
+    return y
 
 
 def _address_of(part: Tensor | None) -> Callable[[], int]:

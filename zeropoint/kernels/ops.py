@@ -437,6 +437,21 @@ def _straight(
     return run
 
 
+def nobody_looks(x: Tensor) -> bool:
+    """Whether a call on x may go straight to the native library: a plain tensor of floats on the
+    CPU, no tracing, no dispatch mode. Gradients are for the caller to ask about.
+    """
+    return (
+        type(x) is Tensor
+        and torch._C._get_tracing_state() is None
+        and not torch.compiler.is_dynamo_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and x.dtype in _DIRECT_DTYPES
+        and x.is_cpu
+    )
+
+
 _DIRECT_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 

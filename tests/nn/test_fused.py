@@ -1,0 +1,167 @@
+"""A fused module answers as the module it stands for, has its parts, and steps aside when asked."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, LlamaConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from zeropoint import native
+from zeropoint.model.formula import gate_of, norm_of
+from zeropoint.nn.fused import FusedMLP, FusedRMSNorm
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+K = 64
+NORMS = (LlamaRMSNorm, Olmo2RMSNorm, Gemma2RMSNorm)
+MLPS = {LlamaMLP: LlamaConfig, Gemma2MLP: Gemma2Config}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def module_of(kind, dtype=torch.float32):
+    """With random parameters."""
+    module = kind(MLPS[kind](hidden_size=K, intermediate_size=2 * K)) if kind in MLPS else kind(K)
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.copy_(noise(*parameter.shape, seed=i) / (8 if parameter.dim() == 2 else 1))
+    return module.to(dtype)
+
+
+def fused(module):
+    if isinstance(module, tuple(MLPS)):
+        return FusedMLP(module, gate_of(module))
+    return FusedRMSNorm(module, norm_of(module))
+
+
+def _noted(made, name, function, *args, **kwargs):
+    made.append(name)
+    return function(*args, **kwargs)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the native functions, as they are called."""
+    made = []
+    for name in ("rms_norm", "gated"):
+        spy = partial(_noted, made, name, getattr(native, name))
+        monkeypatch.setattr(native, name, spy)
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [*NORMS, *MLPS], ids=lambda k: k.__name__)
+@torch.inference_mode()
+def test_it_answers_as_the_module_it_stands_for(kind, dtype, calls):
+    module = module_of(kind, dtype)
+    for shape in ((1, 1, K), (2, 7, K), (K,), (0, K), (3, 200, K)):
+        x = noise(*shape).to(dtype)
+        y, expected = fused(module)(x), module(x)
+        size = float(expected.abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(y, expected, rtol=0, atol=4 * torch.finfo(dtype).eps * size)
+    assert calls == ["gated" if kind in MLPS else "rms_norm"] * 5
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, LlamaMLP])
+def test_in_bfloat16_it_answers_bit_for_bit_as_torch(kind):
+    module = module_of(kind, torch.bfloat16)
+    with torch.inference_mode():
+        x = noise(3, 50, K).to(torch.bfloat16)
+        different = fused(module)(x) != module(x)
+    assert different.float().mean() < 1e-3  # but for sums that torch adds in another order
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, LlamaMLP])
+def test_gradients_are_those_of_the_float_module(kind, calls):
+    module = module_of(kind)
+    x = noise(2, 3, K)
+    grads = []
+    for m in (module, fused(module)):
+        module.zero_grad()
+        at = x.clone().requires_grad_()
+        m(at).square().sum().backward()
+        grads.append([at.grad, *(p.grad.clone() for p in module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and not calls
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, LlamaMLP])
+def test_what_traces_a_model_sees_the_float_module(kind, calls):
+    module, x = module_of(kind), noise(2, 3, K)
+    expected = module(x)
+    with torch.no_grad():
+        exported = torch.export.export(fused(module), (x,)).module()
+        compiled = torch.compile(fused(module), backend="eager", fullgraph=True)
+        for other in (exported, compiled, torch.func.vmap(fused(module))):
+            torch.testing.assert_close(other(x), expected.detach())
+        fused(module).to("meta")(x.to("meta"))
+    assert not calls
+
+
+@torch.inference_mode()
+def test_a_norm_of_two_dtypes_is_promoted_as_torch_does_it(calls):
+    x = noise(2, K).to(torch.bfloat16)
+    module = module_of(LlamaRMSNorm)  # float32 * bfloat16 is float32
+    assert fused(module)(x).dtype is torch.float32 and torch.equal(fused(module)(x), module(x))
+    assert not calls
+    wide = module_of(Olmo2RMSNorm)  # rounded at the end
+    torch.testing.assert_close(fused(wide)(x), wide(x))
+    x64 = noise(2, K).double()
+    assert torch.equal(fused(module)(x64), module(x64))
+    assert calls == ["rms_norm"]
+
+
+def test_a_wrong_width_raises_what_the_float_module_raises():
+    with pytest.raises(RuntimeError, match="size of tensor"), torch.inference_mode():
+        fused(module_of(LlamaRMSNorm))(noise(2, K + 1))
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, LlamaMLP])
+def test_names_parts_and_attributes_are_those_of_the_float_module(kind):
+    module = module_of(kind)
+    new = fused(module)
+    assert list(new.state_dict()) == list(module.state_dict())
+    assert [n for n, _ in new.named_modules()] == [n for n, _ in module.named_modules()]
+    if kind is LlamaRMSNorm:
+        assert new.variance_epsilon == module.variance_epsilon
+        assert new.weight is module.weight
+    else:
+        assert new.intermediate_size == 2 * K and new.gate_proj is module.gate_proj
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = new.nothing
+    assert kind.__name__ in repr(new)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, LlamaMLP])
+@torch.inference_mode()
+def test_a_copy_has_parts_of_its_own(kind, copied):
+    new = fused(module_of(kind))
+    x = noise(2, K)
+    expected = new(x)
+    other = copied(new)
+    for parameter in new.parameters():
+        parameter.zero_()
+    assert torch.equal(other(x), expected) and torch.equal(new(x), torch.zeros_like(x))
+    assert list(other.original.parameters())[0] is next(other.parameters())
+
+
+@torch.inference_mode()
+def test_what_is_put_in_its_place_is_used_by_both():
+    new = fused(module_of(LlamaMLP))
+    new.gate_proj = nn.Linear(K, 2 * K, bias=False)
+    assert new.original.gate_proj is new.gate_proj
+    norm = fused(module_of(LlamaRMSNorm))
+    norm.load_state_dict({"weight": torch.ones(K)}, assign=True)
+    assert norm.original.weight is norm.weight
+    norm.to(torch.bfloat16)
+    x = noise(2, K).to(torch.bfloat16)
+    assert torch.equal(norm.original(x), norm(x))
+    assert not norm.eval().original.training
