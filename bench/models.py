@@ -6,8 +6,9 @@ smollm2   SmolLM2-135M (--model: where it is; a float folder loads in seconds)
 llama-1b  Llama-3.2-1B's published shape, random weights in bfloat16
 
 Rows: the model in float32 and in bfloat16; its weights as int8, int4, nf4, and int8 with int8
-activations (W8A8), embedding and tied head int8 per row, the rest of it in float32 and bfloat16.
-"no linear" is the float32 model with linear layers that compute nothing: what no kernel can remove.
+activations (W8A8), embedding and tied head int8 per row, the rest of it in float32 and bfloat16;
+"fused" after zp.fuse. "no linear": linear layers that compute nothing; what no kernel for them can
+remove.
 Every row is checked first: its logits against those of the live model, which torch computes from
 dequantized weights in float32. Then all rows take turns: prefill, then greedy tokens one at a time
 with a cache. Figures are medians over rounds, ratios medians of the ratios of one round. Appends a
@@ -91,6 +92,19 @@ class Sizes:
     cpu_clock: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A model of transformers in the table. weights: of WEIGHTS, FLOOR, or the dtype's name."""
+
+    weights: str
+    dtype: str
+    fused: bool
+
+    def __str__(self) -> str:
+        parts = [self.weights] + [self.dtype] * (self.weights != self.dtype)
+        return ", ".join(parts + ["fused"] * self.fused)
+
+
 # --- what takes turns ---
 
 
@@ -103,18 +117,24 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """A model of transformers, cast to `dtype` for its turn: rows of one quantized model share it,
-    since casting changes all but the codes.
+    """A model of transformers, cast to `dtype` and fused or not for its turn: rows of one quantized
+    model share it, since casting changes all but the codes.
     """
 
     def __init__(
-        self, model: Any, dtype: str, rotary: torch.nn.Module, ids: Tensor, sizes: Sizes
+        self, model: Any, row: Row, rotary: torch.nn.Module, ids: Tensor, sizes: Sizes
     ) -> None:
-        self.model, self.dtype, self.rotary = model, DTYPES[dtype], rotary
+        self.model, self.dtype, self.fused = model, DTYPES[row.dtype], row.fused
+        self.rotary = rotary
         self.ids, self.new_tokens = ids, sizes.new_tokens
         self.clock = time.thread_time if sizes.cpu_clock else time.perf_counter
         self.cast()
-        self.figure: Figure = {"dtype": dtype, "bytes": zp.footprint(model).total_bytes}
+        self.figure: Figure = {
+            "weights": row.weights,
+            "dtype": row.dtype,
+            "fused": row.fused,
+            "bytes": zp.footprint(model).total_bytes,
+        }
         modules = quantized_modules(model).values()
         self.figure["kernels"] = dict(Counter(module.kernel for module in modules))
 
@@ -122,6 +142,7 @@ class TorchEngine:
         """Rotary frequencies stay float32, as transformers loads them. One call follows: layers
         that were cast prepare themselves again in it.
         """
+        (zp.fuse if self.fused else zp.unfuse)(self.model)
         self.model.to(self.dtype)
         self.model.model.rotary_emb = copy.deepcopy(self.rotary)
         with torch.inference_mode():
@@ -283,46 +304,49 @@ class Nothing(torch.nn.Module):
 
 
 def without_linear(base: Any) -> Any:
-    """A float32 copy whose linear layers cost nothing."""
+    """A copy whose linear layers cost nothing."""
     model = copy.deepcopy(base)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
             model.set_submodule(name, Nothing(module.out_features))
-    return model.to(torch.float32)
+    return model
 
 
-def torch_engines(base: Any, ids: Tensor, sizes: Sizes, wanted: Sequence[str]) -> dict[str, Engine]:
+def torch_engines(
+    base: Any, ids: Tensor, sizes: Sizes, wanted: Sequence[str], dtypes: Sequence[str]
+) -> dict[str, Engine]:
     """All checked. Quantized ones first: only then is there memory for them all."""
     rotary = copy.deepcopy(base.model.rotary_emb)
     engines: dict[str, Engine] = {}
-    for name, scheme in WEIGHTS.items():
-        if name not in wanted:
-            continue
+    for name in wanted:
+        scheme = WEIGHTS[name]
         progress(f"quantizing to {name}")
         model = copy.deepcopy(base).to(torch.float32)
         zp.quantize(model, recipe=recipe(scheme))
         with torch.inference_mode():  # live: torch, on dequantized weights
             oracle = model(input_ids=ids[:, :CHECKED_TOKENS]).logits[0]
         seconds = seconds_of(lambda model=model: zp.freeze(model))
-        for dtype in DTYPES:
-            row = f"{name}, {dtype}"
-            most = MOST_KL_INT8_ACTIVATIONS if scheme.activations else MOST_KL[dtype]
-            engine = TorchEngine(model, dtype, rotary, ids, sizes)
-            engine.figure |= {
-                "weights": name,
-                "scheme": str(scheme),
-                "freeze_seconds": seconds,
-                "kl_of_live": check_logits(row, oracle, engine.logits(CHECKED_TOKENS), most),
-            }
-            engines[row] = engine
+        for row in rows_of(name, dtypes):
+            most = MOST_KL_INT8_ACTIVATIONS if scheme.activations else MOST_KL[row.dtype]
+            engine = TorchEngine(model, row, rotary, ids, sizes)
+            kl = check_logits(str(row), oracle, engine.logits(CHECKED_TOKENS), most)
+            engine.figure |= {"scheme": str(scheme), "freeze_seconds": seconds, "kl_of_live": kl}
+            engines[str(row)] = engine
     floats: dict[str, Engine] = {}
-    for dtype, torch_dtype in DTYPES.items():
+    for dtype, torch_dtype in DTYPES.items():  # both are what the others are compared with
         model = base if torch_dtype == base.dtype else copy.deepcopy(base).to(torch_dtype)
-        floats[dtype] = TorchEngine(model, dtype, rotary, ids, sizes)
-        floats[dtype].figure["weights"] = dtype
-    floats[FLOOR] = TorchEngine(without_linear(base), "float32", rotary, ids, sizes)
-    floats[FLOOR].figure["weights"] = FLOOR
+        for row in rows_of(dtype, [dtype]):
+            if dtype in dtypes or not row.fused:
+                floats[str(row)] = TorchEngine(model, row, rotary, ids, sizes)
+    floor = without_linear(base)
+    for row in rows_of(FLOOR, dtypes):
+        floats[str(row)] = TorchEngine(floor, row, rotary, ids, sizes)
     return floats | engines
+
+
+def rows_of(weights: str, dtypes: Sequence[str]) -> list[Row]:
+    """As it is, and fused, in each dtype."""
+    return [Row(weights=weights, dtype=d, fused=f) for d in dtypes for f in (False, True)]
 
 
 def llama_engines(
@@ -438,7 +462,7 @@ def run(name: str, args: argparse.Namespace) -> list[Figure]:
             children = [llama.process.pid]
             source = args.model if name == "smollm2" else None
             others = llama_engines(llama, base, source, folder, ids, sizes, args.threads)
-        engines = torch_engines(base, ids, sizes, args.weights)
+        engines = torch_engines(base, ids, sizes, args.weights, args.dtypes)
         del base
         engines |= others
         with Watch(children=children) as watch:
@@ -458,6 +482,7 @@ def main() -> None:
     parser.add_argument("--model", default=SOURCE, metavar="SOURCE", help=f"default: {SOURCE}")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--prompt", type=int, metavar="TOKENS")
