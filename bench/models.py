@@ -333,10 +333,10 @@ def torch_engines(
             engine.figure |= {"scheme": str(scheme), "freeze_seconds": seconds, "kl_of_live": kl}
             engines[str(row)] = engine
     floats: dict[str, Engine] = {}
-    for dtype, torch_dtype in DTYPES.items():  # both are what the others are compared with
+    for dtype, torch_dtype in DTYPES.items():
         model = base if torch_dtype == base.dtype else copy.deepcopy(base).to(torch_dtype)
         for row in rows_of(dtype, [dtype]):
-            if dtype in dtypes or not row.fused:
+            if dtype in dtypes or not row.fused:  # those are what all others are compared with
                 floats[str(row)] = TorchEngine(model, row, rotary, ids, sizes)
     floor = without_linear(base)
     for row in rows_of(FLOOR, dtypes):
@@ -413,6 +413,9 @@ def figures_of(
             figure[f"{part}_tokens_per_second"] = 1 / statistics.median(seconds)
             for baseline in DTYPES:
                 figure[f"{part}_over_{baseline}"] = speedup(seconds, samples[baseline][part])
+            if figure.get("fused"):
+                before = samples[row.removesuffix(", fused")][part]
+                figure[f"{part}_over_unfused"] = speedup(seconds, before)
             for form in LLAMA_FORMATS:
                 rivals = [s[part] for r, s in samples.items() if r.startswith(f"llama.cpp {form},")]
                 if rivals:
@@ -425,13 +428,14 @@ def figures_of(
 def table(title: str, figures: Sequence[Figure]) -> None:
     headers = ["", "MB", "KL"]
     for part in ("prefill", "decode"):
-        headers += [f"{part} tok/s", "spread", "x bf16", "x f32", "x Q4_0"]
+        headers += [f"{part} tok/s", "spread", "x bf16", "x f32", "x Q4_0", "x unfused"]
     rows = []
     for figure in figures:
         kl = figure.get("kl_of_live", figure.get("kl_of_original"))
         row = [figure["row"], f"{figure['bytes'] / 1e6:.1f}", None if kl is None else f"{kl:.1e}"]
         for part in ("prefill", "decode"):
-            ratios = [figure.get(f"{part}_over_{b}") for b in (*reversed(DTYPES), "llama_Q4_0")]
+            beside = (*reversed(DTYPES), "llama_Q4_0", "unfused")
+            ratios = [figure.get(f"{part}_over_{b}") for b in beside]
             row += [
                 f"{figure[f'{part}_tokens_per_second']:.1f}",
                 f"{figure[f'{part}_seconds_a_token']['spread']:.0%}",

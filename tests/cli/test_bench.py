@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from cli.conftest import Cli
+from zeropoint import native
 from zeropoint.evaluate import loading
 from zeropoint.evaluate.loading import Loading, Loadings
 
+needs_library = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 ARGUMENTS = ("--prompt-tokens", 8, "--new-tokens", 3)
 
 
@@ -20,6 +22,26 @@ def test_it_shows_speeds_and_kernels(cli: Cli, checkpoint: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     assert "prefill" in ran.out
     assert "torch (16 modules)" in ran.out
+
+
+@needs_library
+def test_norms_and_gates_are_fused_when_asked(cli: Cli, checkpoint: Path) -> None:
+    data = cli("bench", checkpoint, *ARGUMENTS, "--json", "-").json
+    assert data["fused"] == 0
+    ran = cli("bench", checkpoint, *ARGUMENTS, "--fuse")
+    assert ran.code == 0
+    assert ["fused", "7", "norms", "and", "gates"] in [
+        line.split() for line in ran.out.splitlines()
+    ]
+
+
+def test_without_a_library_there_is_nothing_to_fuse_with(
+    cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "no C++ compiler at install")
+    ran = cli("bench", checkpoint, *ARGUMENTS, "--fuse")
+    assert ran.code == 2
+    assert "nothing is fused: no C++ compiler at install" in " ".join(ran.err.split())
 
 
 def test_threads(cli: Cli, checkpoint: Path) -> None:
@@ -63,8 +85,10 @@ def test_loading(cli: Cli, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "above the 300.0 MB of a process that has loaded nothing" in ran.out
 
 
-@pytest.mark.parametrize("option", ["--prompt-tokens", "--new-tokens"])
-def test_what_loading_would_ignore_is_refused(cli: Cli, llama: Path, option: str) -> None:
-    ran = cli("bench", llama, "--load", option, 4)
+@pytest.mark.parametrize("option", [("--prompt-tokens", 4), ("--new-tokens", 4), ("--fuse",)])
+def test_what_loading_would_ignore_is_refused(
+    cli: Cli, llama: Path, option: tuple[object, ...]
+) -> None:
+    ran = cli("bench", llama, "--load", *option)
     assert ran.code == 2
-    assert f"{option} is for timing; with --load nothing is run, leave it out" in ran.err
+    assert f"{option[0]} is for timing; with --load nothing is run, leave it out" in ran.err

@@ -36,13 +36,17 @@ def bench(
             metavar="N", min=1, help="Threads to compute with.", show_default="torch's choice"
         ),
     ] = None,
+    fuse: Annotated[
+        bool,
+        typer.Option("--fuse", help="Norms and gates in one pass each, as zp.fuse makes them."),
+    ] = False,
     json_to: Json = None,
     debug: Debug = False,
 ) -> None:
     """Time a language model: reading, writing, loading; and its memory."""
     screen = Screen(json_to)
     if load:
-        _refuse_unused(context, "prompt_tokens", "new_tokens")
+        _refuse_unused(context, "prompt_tokens", "new_tokens", "fuse")
         _bench_loading(screen, model, threads)
         return
     with screen.spinner("starting"):
@@ -55,6 +59,7 @@ def bench(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             threads=threads,
+            fused=fuse,
             on_step=on_step,
         )
     screen.json({"model": model} | speed.to_dict())
@@ -81,6 +86,7 @@ def _show_speed(screen: Screen, model: str, speed: Speed) -> None:
         ("threads", str(speed.threads), ""),
         ("kernels", "", kernels),
         *(("refused", "", reason) for reason in speed.refused),
+        *([("fused", str(speed.fused), "norms and gates")] if speed.fused else []),
     )
     for row in rows:
         result.add_row(*row)

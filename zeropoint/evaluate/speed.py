@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from zeropoint.errors import SourceError, TextError
+from zeropoint.errors import KernelError, SourceError, TextError
 from zeropoint.evaluate.memory import peak_rss_bytes
 from zeropoint.evaluate.text import evaluation_text
+from zeropoint.flows.fuse import fuse
 from zeropoint.model.load import load
 from zeropoint.model.walk import quantized_modules
 from zeropoint.progress import OnStep, no_progress
@@ -26,7 +27,8 @@ class Speed:
     after the prompt, from the median time of a token. load_seconds: from the call to a model that
     can run. peak_rss_bytes: of the process since it started, loading included. kernels: number of
     modules each kernel serves; "float" is torch's own. refused: kernels that would
-    have been faster, why they were not used, and for how many modules.
+    have been faster, why they were not used, and for how many modules. fused: norms and gates that
+    `zp.fuse` replaced.
     """
 
     prefill_tokens_per_second: float
@@ -36,6 +38,7 @@ class Speed:
     threads: int
     kernels: dict[str, int]
     refused: list[str]
+    fused: int
     prompt_tokens: int
     new_tokens: int
 
@@ -51,14 +54,15 @@ def bench(
     new_tokens: int = 128,
     threads: int | None = None,
     dtype: str = "auto",
+    fused: bool = False,
     on_step: OnStep = no_progress,
 ) -> Speed:
-    """Load a causal language model and time it.
+    """Load a causal language model, fuse it where that is asked for (`zp.fuse`), and time it.
     For an honest peak_rss_bytes, call it in a fresh process.
 
     threads: for torch.set_num_threads, restored afterwards; None leaves it. dtype: as `zp.load`.
     Raises SourceError (not a causal language model), TextError (more tokens than the model's
-    context).
+    context), KernelError (there is no native library to fuse with).
     """
     if prompt_tokens < 1 or new_tokens < 2:
         raise TextError(
@@ -72,6 +76,9 @@ def bench(
         on_step("loading", 0, 1)
         start = time.perf_counter()
         model, tokenizer = load(source, dtype)
+        fusion = fuse(model) if fused else None
+        if fusion is not None and fusion.refused is not None:
+            raise KernelError(str(fusion))
         load_seconds = time.perf_counter() - start
         ids = benchmark_prompt(model, tokenizer, source, prompt_tokens, new_tokens)
         with torch.inference_mode():
@@ -85,6 +92,7 @@ def bench(
             threads=torch.get_num_threads(),
             kernels=_kernels(model),
             refused=_refused(model),
+            fused=0 if fusion is None else len(fusion.norms) + len(fusion.gates),
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
         )
