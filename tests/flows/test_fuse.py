@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 import zeropoint as zp
 from tests.models import ARCHITECTURES, build, continuation, outputs
@@ -83,6 +84,24 @@ def test_modules_with_hooks_are_left_as_they_are():
     assert "model.norm" not in report.norms and report.gates == ()
     outputs(model)
     assert seen == ["gate", "norm"]
+
+
+def test_forwards_that_accelerate_has_replaced_are_left_as_they_are():
+    model = build("llama")
+    seen = []
+
+    class Note(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    norm, mlp = model.model.norm, model.model.layers[0].mlp
+    for module in (norm, mlp):
+        add_hook_to_module(module, Note())
+    report = zp.fuse(model)
+    assert "model.norm" not in report.norms and report.gates == ("model.layers.1.mlp",)
+    outputs(model)
+    assert seen == [mlp, norm]
 
 
 def test_a_hook_that_comes_later_is_called():

@@ -439,7 +439,8 @@ def _straight(
 
 def nobody_looks(x: Tensor) -> bool:
     """Whether a call on x may go straight to the native library: a plain tensor of floats on the
-    CPU, no tracing, no dispatch mode. Gradients are for the caller to ask about.
+    CPU, no tracing, no dispatch mode: what `_straight` asks, too. Gradients are the caller's to ask
+    about.
     """
     return (
         type(x) is Tensor

@@ -140,9 +140,10 @@ class FusedMLP(FusedModule):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody is told of the module's calls."""
+    """Whether somebody is told of the module's calls, or has replaced its forward (accelerate)."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
