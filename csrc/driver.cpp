@@ -22,8 +22,8 @@ namespace {
 constexpr int64_t TOKENS_AT_ONCE = 1024;  // bounds the memory that prepared activations take
 constexpr size_t KEEP_BYTES = 64 << 20;   // a thread's workspace larger than this is given back after the call
 constexpr size_t HUGE_PAGE = 2 << 20;
-constexpr int64_t FRESH_BYTES =
-    32 << 20;  // from here on malloc's memory is always the system's, a page fault each 4 KB
+// From here on malloc's memory is always fresh from the system, with a fault for each page.
+constexpr int64_t FRESH_BYTES = 32 << 20;
 // Weight bytes times tokens below which a second thread costs more than it gives, and below which one that sleeps does:
 // by the time it is awake, tens of microseconds later, such a job is done.
 constexpr int64_t SERIAL_BYTES = 64 << 10, CALL_BYTES = 1 << 20;
@@ -233,7 +233,7 @@ struct Between {
 
 // `function` on all of `count` values, or rows, of so many bytes altogether.
 template <class Values, void (*Isa::*function)(const Values&, int64_t, int64_t)>
-int between(const Values& values, int64_t count, int64_t bytes, int64_t multiple) {
+void between(const Values& values, int64_t count, int64_t bytes, int64_t multiple) {
   const Isa& isa = in_use();
   int32_t threads = values.threads < 1 || bytes < SERIAL_BYTES ? 1 : values.threads;
   Between<Values> c = {&isa, &values, round_up(ceil_div(count, threads), multiple), count};
@@ -243,7 +243,6 @@ int between(const Values& values, int64_t count, int64_t bytes, int64_t multiple
     (b.isa->*function)(*b.values, begin, end);
   };
   if (count > 0) parallel(threads, ceil_div(count, c.step), run, &c, Help::at_hand);
-  return ZP_OK;
 }
 
 int64_t rows_at_once(int64_t count, int64_t row_values, int32_t threads) {
@@ -429,12 +428,12 @@ int zp_quantize(const zp_format* format, const void* weight, int32_t dtype, void
   return encode.result.load();
 }
 
-int zp_rms_norm(const zp_norm* norm) {
-  return between<zp_norm, &Isa::normalize>(*norm, norm->rows, norm->rows * norm->columns * float_bytes(norm->dtype), 1);
+void zp_rms_norm(const zp_norm* norm) {
+  between<zp_norm, &Isa::normalize>(*norm, norm->rows, norm->rows * norm->columns * float_bytes(norm->dtype), 1);
 }
 
-int zp_gated(const zp_gate* gate) {
-  return between<zp_gate, &Isa::gate>(*gate, gate->count, gate->count * float_bytes(gate->dtype), 64);
+void zp_gated(const zp_gate* gate) {
+  between<zp_gate, &Isa::gate>(*gate, gate->count, gate->count * float_bytes(gate->dtype), 64);
 }
 
 const char* zp_isa_name(int32_t index) { return index >= 0 && index < LEVELS ? levels[index].isa->name : nullptr; }

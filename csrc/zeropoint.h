@@ -83,7 +83,7 @@ typedef struct {
   int32_t dtype, weight_dtype, rounds_first, threads;
 } zp_norm;
 
-ZP_API int zp_rms_norm(const zp_norm* norm);
+ZP_API void zp_rms_norm(const zp_norm* norm);
 
 enum { ZP_SILU, ZP_GELU_TANH };  // zp_gate.activation
 
@@ -96,7 +96,7 @@ typedef struct {
   int32_t dtype, activation, threads;
 } zp_gate;
 
-ZP_API int zp_gated(const zp_gate* gate);
+ZP_API void zp_gated(const zp_gate* gate);
 
 // Instruction sets, slowest first: zp_isa_name(i) is null past the end, zp_isa_why_not(i) is null when usable here.
 ZP_API const char* zp_isa_name(int32_t index);

@@ -99,8 +99,8 @@ def _open(path: Path) -> ctypes.CDLL | str:
 
 def _declare(library: ctypes.CDLL) -> None:
     library.zp_linear.argtypes = [c_void_p]
-    library.zp_rms_norm.argtypes = [c_void_p]
-    library.zp_gated.argtypes = [c_void_p]
+    library.zp_rms_norm.argtypes = library.zp_gated.argtypes = [c_void_p]
+    library.zp_rms_norm.restype = library.zp_gated.restype = None
     library.zp_rows.argtypes = [
         POINTER(Format), c_void_p, c_void_p, c_void_p, c_void_p,  # weight
         c_void_p, c_int64, c_void_p, c_int32, c_int32,

@@ -29,6 +29,7 @@ def norm(eps, shift, rounds_first):
         (Qwen3RMSNorm(K, eps=1e-6), norm(1e-6, 0, True)),
         (Olmo2RMSNorm(K, eps=1e-6), norm(1e-6, 0, False)),
         (Gemma2RMSNorm(K, eps=1e-6), norm(1e-6, 1, False)),
+        (nn.RMSNorm(K, eps=1e-6), norm(1e-6, 0, False)),
     ],
     ids=lambda v: type(v).__name__,
 )
@@ -107,7 +108,18 @@ def test_what_computes_something_else_is_no_rms_norm(change):
     assert norm_of(Norm(change)) is None
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(K), nn.BatchNorm1d(K), nn.Linear(K, K), nn.SiLU()])
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.LayerNorm(K),
+        nn.BatchNorm1d(K),
+        nn.Linear(K, K),
+        nn.SiLU(),
+        nn.RMSNorm((2, K), eps=1e-6),
+        nn.RMSNorm(K),  # its eps depends on the input's dtype
+        nn.RMSNorm(K, eps=1e-6, elementwise_affine=False),
+    ],
+)
 def test_other_modules_are_neither(module):
     assert norm_of(module) is None and gate_of(module) is None
 

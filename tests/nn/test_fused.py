@@ -18,7 +18,7 @@ from zeropoint.nn.fused import FusedMLP, FusedRMSNorm
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 K = 64
-NORMS = (LlamaRMSNorm, Olmo2RMSNorm, Gemma2RMSNorm)
+NORMS = (LlamaRMSNorm, Olmo2RMSNorm, Gemma2RMSNorm, nn.RMSNorm)
 MLPS = {LlamaMLP: LlamaConfig, Gemma2MLP: Gemma2Config}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +29,10 @@ def noise(*shape, seed=0):
 
 def module_of(kind, dtype=torch.float32):
     """With random parameters."""
-    module = kind(MLPS[kind](hidden_size=K, intermediate_size=2 * K)) if kind in MLPS else kind(K)
+    if kind in MLPS:
+        module = kind(MLPS[kind](hidden_size=K, intermediate_size=2 * K))
+    else:
+        module = kind(K, eps=1e-6)
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter.copy_(noise(*parameter.shape, seed=i) / (8 if parameter.dim() == 2 else 1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _SPELLINGS: dict[Any, str] = {
     torch.mean: "mean",
     torch.rsqrt: "rsqrt",
     getattr: "getattr",
+    nn.functional.rms_norm: "rms_norm",
     nn.functional.silu: "silu",
     nn.functional.gelu: "gelu",
 }
@@ -58,12 +60,14 @@ def norm_of(module: nn.Module) -> NormFormula | None:
     normal = _multiplied(wide, ("rsqrt", _commuting("add", squares, ("constant", eps))))
     wide_w = _cast(w, "float32")
     one_more = _commuting("add", ("constant", 1.0), wide_w)
+    plain = NormFormula(eps=eps, shift=0, rounds_first=False)
     known = {
-        _multiplied(w, _cast(normal, "of input")): NormFormula(eps=eps, shift=0, rounds_first=True),
+        _multiplied(w, _cast(normal, "of input")): replace(plain, rounds_first=True),
+        _cast(_multiplied(w, normal), "of input"): plain,  # the product widens w
+        _cast(_multiplied(wide_w, normal), "of input"): plain,
+        _cast(_multiplied(one_more, normal), "of input"): replace(plain, shift=1),
+        ("rms_norm", _X, w, ("constant", eps)): plain,
     }
-    for factor, shift in ((w, 0), (wide_w, 0), (one_more, 1)):  # w is widened by the product
-        end = _cast(_multiplied(factor, normal), "of input")
-        known[end] = NormFormula(eps=eps, shift=shift, rounds_first=False)
     return known.get(found)
 
 
@@ -152,6 +156,8 @@ def _value(node: fx.Node, values: dict[fx.Node, Expression]) -> Expression:
             return ("rsqrt", x)
         case (("add" | "mul"), [a, b]) if not node.kwargs:
             return _commuting(name, a, b)
+        case "rms_norm", [x, _, weight, eps]:  # over the last axis, which is all that w has
+            return ("rms_norm", x, weight, eps)
         case "silu", [x, *_] if set(node.kwargs) <= {"inplace"}:
             return ("silu", x)
         case "gelu", [x, ("constant", "tanh")]:
