@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import zeropoint as zp
+from zeropoint import native
 from zeropoint.errors import RecipeError
 from zeropoint.evaluate.text import calibration_text, evaluation_text
 
@@ -184,3 +185,23 @@ def test_a_token_more_and_a_group_of_heads_less(loaded, tmp_path):
         assert torch.equal(again(call).logits, model(call).logits)
     written = [m.generate(call, max_new_tokens=4, do_sample=False) for m in (model, again)]
     assert torch.equal(*written) and written[0].shape == (1, call.shape[1] + 4)
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+def test_fused_it_answers_the_same_quantized_or_not(loaded, windows, reference):
+    model, words = copy.deepcopy(loaded)
+    prompt = words("The capital of France is", return_tensors="pt").input_ids
+    report = zp.fuse(model)
+    assert (len(report.norms), len(report.gates)) == (61, 30) and report.refused is None
+    assert abs(kl(reference, log_probabilities(model, windows))) < 1e-7  # float32's own noise
+    zp.quantize(model, "int8")
+    zp.freeze(model)
+    model.to(torch.bfloat16)
+    fused = log_probabilities(model, windows)
+    text = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    zp.unfuse(model)
+    before = log_probabilities(model, windows)
+    # Sums of squares in another order; bfloat16 itself, with int8, costs 4 times as much.
+    assert kl(before, fused) < kl(reference, before) / 2
+    assert kl(reference, fused) < 1.2 * kl(reference, before)
+    assert torch.equal(text, model.generate(prompt, max_new_tokens=12, do_sample=False))
