@@ -73,7 +73,8 @@ class FusedModule(nn.Module):
         return self._original[0]
 
     def extra_repr(self) -> str:
-        return f"{type(self._original[0]).__name__} fused"
+        original = self._original[0]
+        return f"{type(original).__name__}({original.extra_repr()})"
 
 
 class FusedRMSNorm(FusedModule):
