@@ -20,6 +20,11 @@ def fused_modules(model):
     return [m for m in model.modules() if isinstance(m, FusedModule)]
 
 
+def assert_same(found, expected):
+    """But for float32's roundings: in 2 layers they move logits of size 1 by 2e-6."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("weights", [None, "int4"])
 def test_the_model_answers_as_before(name, weights):
@@ -35,7 +40,7 @@ def test_the_model_answers_as_before(name, weights):
         str(report) == f"{len(report.norms)} norms and {len(report.gates)} gated perceptrons fused"
     )
     assert list(model.state_dict()) == keys
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-4, atol=1e-5)
+    assert_same(outputs(model), expected)
     if gated:
         assert report.norms[-1] == "model.norm" and report.gates[0] == "model.layers.0.mlp"
         assert report.to_dict() == {"norms": report.norms, "gates": report.gates, "refused": None}
@@ -64,13 +69,14 @@ def test_it_may_come_before_quantizing_training_and_saving(tmp_path):
     loaded, _ = zp.load(tmp_path)
     assert not fused_modules(loaded)
     for other in (loaded, copy.deepcopy(model)):
-        torch.testing.assert_close(outputs(model), outputs(other), rtol=1e-4, atol=1e-5)
+        assert_same(outputs(model), outputs(other))
         assert torch.equal(continuation(model), continuation(other))
     zp.unfuse(model)
     assert torch.equal(outputs(model), outputs(loaded))
     zp.fuse(model)
     zp.dequantize(model)
     assert len(fused_modules(model)) == 3 * LAYERS + 1
+    # Weights that torch multiplies in float32, no longer tokens of 16 bits.
     torch.testing.assert_close(outputs(model), outputs(loaded), rtol=1e-2, atol=1e-3)
 
 

@@ -79,8 +79,16 @@ class Norm(nn.Module):
             case "two plus weight":
                 factor = torch.rsqrt(wide.pow(2).mean(-1, True) + 1e-6)
                 return (wide * factor * (2.0 + self.weight.float())).to(x.dtype)
+            case "something in place":
+                wide.mul_(2)
+                mean = wide.pow(2).mean(-1, keepdim=True)
+            case "a note":
+                self.seen = x
+                mean = wide.pow(2).mean(-1, keepdim=True)
             case "an error":
                 raise KeyError(self.change)
+            case "a wrong assertion":
+                assert not isinstance(x, torch.fx.Proxy)
         return self.weight * (wide * torch.rsqrt(mean + 1e-6)).to(x.dtype)
 
 
@@ -101,11 +109,17 @@ def test_other_spellings_are_the_same(change):
         "the result kept wide",
         "the weight twice",
         "two plus weight",
+        "something in place",
+        "a note",
         "an error",
+        "a wrong assertion",
     ],
 )
 def test_what_computes_something_else_is_no_rms_norm(change):
-    assert norm_of(Norm(change)) is None
+    module = Norm(change)
+    attributes = dict(vars(module))
+    assert norm_of(module) is None
+    assert vars(module) == attributes, "a trace leaves nothing behind"
 
 
 @pytest.mark.parametrize(
@@ -177,5 +191,11 @@ class Two(nn.Module):
         return x + y
 
 
-def test_only_one_input_is_followed():
-    assert expression(Two()) == ("unknown",)
+class Trap(nn.Module):
+    def forward(self, x, *others):
+        raise AssertionError("it takes more than one input and must not be traced")
+
+
+@pytest.mark.parametrize("module", [Two(), Trap()])
+def test_only_one_input_is_followed(module):
+    assert expression(module) == ("unknown",)

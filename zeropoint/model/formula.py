@@ -7,6 +7,7 @@ nobody listed is found, and one that computes something else under the same name
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,9 +36,11 @@ _SPELLINGS: dict[Any, str] = {
     nn.functional.silu: "silu",
     nn.functional.gelu: "gelu",
 }
+# What forwards raise when they are given a proxy; of those that take one input, see `expression`.
 _UNTRACEABLE = (
     fx.proxy.TraceError,  # it depends on the input's values
     ArithmeticError,
+    AssertionError,
     AttributeError,
     LookupError,
     RuntimeError,
@@ -108,19 +111,29 @@ class _Leaves(fx.Tracer):
 
 
 def expression(module: nn.Module) -> Expression:
-    """What the forward computes of its one input; ("unknown",) where that cannot be said."""
+    """What the forward computes of its one input; ("unknown",) where that cannot be said: it takes
+    more, it cannot be traced, or it does something besides (in place, or to the module).
+    """
+    if len(inspect.signature(module.forward).parameters) != 1:
+        return _UNKNOWN
+    attributes = dict(vars(module))
     try:
         graph = _Leaves().trace(module)
-    except _UNTRACEABLE:  # a forward of any kind may be asked
+    except _UNTRACEABLE:
         return _UNKNOWN
-    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+    finally:
+        same = vars(module).keys() == attributes.keys() and all(
+            value is attributes[name] for name, value in vars(module).items()
+        )
+        vars(module).clear()
+        vars(module).update(attributes)
+    *steps, output = graph.nodes
+    if not same or not all(node.users for node in steps):
         return _UNKNOWN
     values: dict[fx.Node, Expression] = {}
-    for node in graph.nodes:
-        if node.op == "output":
-            return values.get(node.args[0], _UNKNOWN)
+    for node in steps:
         values[node] = _value(node, values)
-    return _UNKNOWN
+    return _argument(output.args[0], values)
 
 
 _UNKNOWN: Expression = ("unknown",)
