@@ -64,7 +64,7 @@ sanitize: $(LIBRARY)
 	$(BIN)/cmake --build build/asan
 	LD_PRELOAD='$(PRELOAD)' ASAN_OPTIONS=detect_leaks=0 ZEROPOINT_LIBRARY='$(CURDIR)/build/asan/libzeropoint.so' \
 		$(BIN)/python -m pytest -p no:faulthandler --capture=sys tests/kernels/test_native.py \
-		$(foreach name,norm gate,tests/test_native.py::test_a_$(name)_is_within_roundings)
+		$(foreach name,a_norm a_gate a_rotation attention,tests/test_native.py::test_$(name)_is_within_roundings)
 
 # torch first: what depends on it would otherwise bring a CUDA build of several GB.
 # The model packages without their dependencies, which only their own code needs.

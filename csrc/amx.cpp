@@ -385,6 +385,8 @@ void multiply_tiled(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   tiles_end();
 }
 
+#include "tiled_attention.inc.h"
+
 // --- the table ---
 
 int64_t tokens_amx(const Job& j) { return tiles(j) == Tiles::none ? tokens512(j) : PAIR; }
@@ -447,7 +449,10 @@ double peak_amx(int32_t what, int64_t repeats) {
 }  // namespace
 
 extern const Isa amx;
-const Isa amx = {"amx",        tile_amx, tokens_amx, prepared_bytes_amx, prepare_amx, rows_amx, scratch_bytes_amx,
-                 multiply_amx, decode,   encode,     normalize,          gate,        read,     peak_amx};
+const Isa amx = {"amx",       tile_amx, tokens_amx,        prepared_bytes_amx,
+                 prepare_amx, rows_amx, scratch_bytes_amx, multiply_amx,
+                 decode,      encode,   normalize,         gate,
+                 rotate,      attend,   &tiled_attention,  read,
+                 peak_amx};
 
 }  // namespace zp

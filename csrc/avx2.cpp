@@ -488,7 +488,7 @@ double peak(int32_t what, int64_t repeats) { return what == ZP_PEAK_FLOAT32 ? pe
 }  // namespace
 
 extern const Isa avx2;
-const Isa avx2 = {"avx2",    tile2,  tokens2, prepared_bytes2, prepare2, rows, scratch_bytes2,
-                  multiply2, decode, encode,  normalize,       gate,     read, peak};
+const Isa avx2 = {"avx2", tile2,     tokens2, prepared_bytes2, prepare2, rows,    scratch_bytes2, multiply2, decode,
+                  encode, normalize, gate,    rotate,          attend,   nullptr, read,           peak};
 
 }  // namespace zp

@@ -166,9 +166,22 @@ double peak_pairs(int32_t what, int64_t repeats) {
 }  // namespace
 
 extern const Isa avx512_bf16;
-const Isa avx512_bf16 = {"avx512_bf16", tile_pairs, tokens_pairs,        prepared_bytes_pairs,
-                         prepare_pairs, rows,       scratch_bytes_pairs, multiply_pairs,
-                         decode,        encode,     normalize,           gate,
-                         read,          peak_pairs};
+const Isa avx512_bf16 = {"avx512_bf16",
+                         tile_pairs,
+                         tokens_pairs,
+                         prepared_bytes_pairs,
+                         prepare_pairs,
+                         rows,
+                         scratch_bytes_pairs,
+                         multiply_pairs,
+                         decode,
+                         encode,
+                         normalize,
+                         gate,
+                         rotate,
+                         attend,
+                         nullptr,
+                         read,
+                         peak_pairs};
 
 }  // namespace zp

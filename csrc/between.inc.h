@@ -128,11 +128,11 @@ static void normalize(const zp_norm& n, int64_t row0, int64_t row1) {
 
 // --- a gate ---
 
-// e^v, to 2 units in the last place; infinity from 88.4 on, 2^-126 below -87.4.
+// e^v, to 2 units in the last place; infinity from 88.4 on, 2^-126 below -87.3.
 static inline INLINE F exponential(F v) {
   constexpr float LOG2_E = 0x1.715476p0f, LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;
   constexpr float SHIFT = 0x1.8p23f + 127;  // brings an integer, and the exponent's bias, to the lowest bits
-  v = min(max(v, set1(-87.4f)), set1(89));
+  v = min(set1(89), max(set1(-87.3f), v));  // a NaN stays
   F shifted = fma(v, set1(LOG2_E), set1(SHIFT)), n = sub(shifted, set1(SHIFT));
   F r = fma(n, set1(-LN2_LOW), fma(n, set1(-LN2_HIGH), v));
   constexpr float TAYLOR[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};

@@ -800,6 +800,9 @@ static void gemm(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
 }
 
 #include "between.inc.h"
+
+// With what stands there.
+#include "attention.inc.h"
 #include "encode.inc.h"
 
 // --- the functions of kernels.h's table ---

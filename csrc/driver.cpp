@@ -245,6 +245,31 @@ void between(const Values& values, int64_t count, int64_t bytes, int64_t multipl
   if (count > 0) parallel(threads, ceil_div(count, c.step), run, &c, Help::at_hand);
 }
 
+// Attention of many tokens: first what all share, then block after block.
+struct Attend {
+  const ManyTokens* kernel;
+  const zp_attention* attention;
+  uint8_t* arranged;
+};
+
+int attend_many(const ManyTokens& kernel, const zp_attention& a) {
+  Attend c = {&kernel, &a, workspace.get(kernel.arranged_bytes(a))};
+  if (!c.arranged) return ZP_NO_MEMORY;
+  int32_t threads = a.threads < 1 ? 1 : a.threads;
+  Chunk arrange = [](void* context, int64_t unit, int32_t) {
+    const auto& b = *(const Attend*)context;
+    b.kernel->arrange(*b.attention, unit, b.arranged);
+  };
+  Chunk run = [](void* context, int64_t block, int32_t) {
+    const auto& b = *(const Attend*)context;
+    b.kernel->attend(*b.attention, block, b.arranged);
+  };
+  parallel(threads, kernel.arrangements(a), arrange, &c, Help::at_hand);
+  parallel(threads, kernel.blocks(a), run, &c);
+  workspace.trim();
+  return ZP_OK;
+}
+
 int64_t rows_at_once(int64_t count, int64_t row_values, int32_t threads) {
   int64_t enough = 16384 / (row_values + 1) + 1, share = ceil_div(count, 4 * threads);
   return share < enough ? enough : share;
@@ -434,6 +459,22 @@ void zp_rms_norm(const zp_norm* norm) {
 
 void zp_gated(const zp_gate* gate) {
   between<zp_gate, &Isa::gate>(*gate, gate->count, gate->count * float_bytes(gate->dtype), 64);
+}
+
+void zp_rotate(const zp_rotation* r) {
+  int64_t heads = r->queries.heads + r->keys.heads + r->values.heads, tokens = r->batch * r->tokens;
+  between<zp_rotation, &Isa::rotate>(*r, tokens, tokens * heads * r->width * float_bytes(r->dtype), 1);
+}
+
+int zp_attend(const zp_attention* a) {
+  constexpr int64_t FEW = 4;  // for which it is not worth while to arrange keys and values
+  const ManyTokens* many = in_use().many_tokens;
+  if (a->width > ZP_MOST_WIDTH) return ZP_BAD_ARGUMENT;
+  if (a->tokens > FEW) return many && many->takes(*a) ? attend_many(*many, *a) : ZP_BAD_ARGUMENT;
+  if (!in_use().attend) return ZP_BAD_ARGUMENT;
+  int64_t units = a->batch * a->kv_heads * a->tokens;
+  between<zp_attention, &Isa::attend>(*a, units, 2 * units * a->length * a->width * float_bytes(a->dtype), 1);
+  return ZP_OK;
 }
 
 const char* zp_isa_name(int32_t index) { return index >= 0 && index < LEVELS ? levels[index].isa->name : nullptr; }

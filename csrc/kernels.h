@@ -36,6 +36,16 @@ struct Job {
   uint8_t* prepared;  // isa->prepared_bytes(job): what isa->prepare wrote
 };
 
+// Attention of many tokens, whose keys and values are arranged once.
+struct ManyTokens {
+  bool (*takes)(const zp_attention&);
+  int64_t (*arranged_bytes)(const zp_attention&);
+  int64_t (*arrangements)(const zp_attention&);  // calls of arrange
+  void (*arrange)(const zp_attention&, int64_t unit, uint8_t* arranged);
+  int64_t (*blocks)(const zp_attention&);  // calls of attend
+  void (*attend)(const zp_attention&, int64_t block, const uint8_t* arranged);
+};
+
 // One instruction set. Every function is single-threaded; the driver splits the work.
 struct Isa {
   const char* name;
@@ -51,6 +61,10 @@ struct Isa {
                 int8_t* zero_point);  // one row quantized
   void (*normalize)(const zp_norm&, int64_t row0, int64_t row1);
   void (*gate)(const zp_gate&, int64_t begin, int64_t end);
+  void (*rotate)(const zp_rotation&, int64_t begin, int64_t end);  // tokens of all sequences
+  // Few tokens, times kv_heads of all sequences; and many. Null where torch's attention is the faster.
+  void (*attend)(const zp_attention&, int64_t begin, int64_t end);
+  const ManyTokens* many_tokens;
   int64_t (*read)(const uint8_t* data, int64_t bytes);  // the sum of its words, so that it must be read
   double (*peak)(int32_t what, int64_t repeats);        // operations done in registers: what no kernel can exceed
 };

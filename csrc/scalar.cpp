@@ -36,8 +36,8 @@ inline F abs_max(F a, F b) {
   float magnitude = __builtin_fabsf(b);
   return magnitude <= a || a != a ? a : magnitude;  // a NaN stays, of either
 }
-inline F min(F a, F b) { return b < a ? b : a; }
-inline F max(F a, F b) { return b > a ? b : a; }
+inline F min(F a, F b) { return a < b ? a : b; }  // b where either is a NaN
+inline F max(F a, F b) { return a > b ? a : b; }
 inline float smallest(F a) { return a; }
 inline float highest(F a) { return a; }
 inline void store_u8(uint8_t* p, F v) { *p = (uint8_t)v; }
@@ -150,7 +150,7 @@ double peak(int32_t what, int64_t repeats) { return what == ZP_PEAK_FLOAT32 ? pe
 }  // namespace
 
 extern const Isa scalar;
-const Isa scalar = {"scalar", tile,   tokens, prepared_bytes, prepare, rows, scratch_bytes,
-                    multiply, decode, encode, normalize,      gate,    read, peak};
+const Isa scalar = {"scalar", tile,      tokens, prepared_bytes, prepare, rows,    scratch_bytes, multiply, decode,
+                    encode,   normalize, gate,   rotate,         nullptr, nullptr, read,          peak};
 
 }  // namespace zp

@@ -15,7 +15,7 @@ extern "C" {
 #endif
 
 #define ZP_API __attribute__((visibility("default")))
-#define ZP_VERSION 7
+#define ZP_VERSION 8
 
 enum { ZP_INTEGER, ZP_CODEBOOK, ZP_FLOAT8_E4M3FN, ZP_FLOAT8_E5M2, ZP_BFLOAT16, ZP_FLOAT16 };  // zp_format.kind
 enum { ZP_F32, ZP_BF16, ZP_F16, ZP_DOUBLE_QUANT, ZP_E8M0 };                                   // dtypes of floats
@@ -97,6 +97,47 @@ typedef struct {
 } zp_gate;
 
 ZP_API void zp_gated(const zp_gate* gate);
+
+// Heads of tokens. x: (batch, tokens, heads, width), contiguous. y: rows of width values, that of a sequence b, a head
+// h and a token t b * batch_stride + h * head_stride + t * width values from its beginning.
+typedef struct {
+  const void* x;
+  void* y;
+  int64_t heads, batch_stride, head_stride;
+} zp_heads;
+
+// Rotary position embedding: y = x * cos + (-x's second half, x's first half) * sin of queries and keys, in float32;
+// values are copied. Either may have no heads. cos, sin: (batch, tokens, width), cos_stride values from one sequence to
+// the next, 0 where all share them. All of dtype; width is even.
+typedef struct {
+  zp_heads queries, keys, values;
+  const void* cos;
+  const void* sin;
+  int64_t cos_stride, batch, tokens, width;
+  int32_t dtype, threads;
+} zp_rotation;
+
+ZP_API void zp_rotate(const zp_rotation* rotation);
+
+// y = softmax(scale * queries keys^T) values of each head, in float32, for the last `tokens` of `length` positions,
+// each of which sees those up to its own. queries: (batch, heads, tokens, width), contiguous; keys, values: (batch,
+// kv_heads, length, width), rows of width values, at the strides of zp_heads; heads / kv_heads neighbours share those
+// of one. y: (batch, tokens, heads, width), contiguous. All of dtype.
+typedef struct {
+  const void* queries;
+  const void* keys;
+  const void* values;
+  void* y;
+  int64_t batch, heads, kv_heads, tokens, length, width;
+  int64_t keys_batch_stride, keys_head_stride, values_batch_stride, values_head_stride;
+  float scale;
+  int32_t dtype, threads;
+} zp_attention;
+
+enum { ZP_MOST_WIDTH = 256 };  // of a head that zp_attend takes
+
+// ZP_BAD_ARGUMENT where it has no kernel for so many tokens, or for heads so wide, that is faster than torch's.
+ZP_API int zp_attend(const zp_attention* attention);
 
 // Instruction sets, slowest first: zp_isa_name(i) is null past the end, zp_isa_why_not(i) is null when usable here.
 ZP_API const char* zp_isa_name(int32_t index);

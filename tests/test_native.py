@@ -581,6 +581,115 @@ def test_a_gate_is_within_roundings(isa, dtype, activation):
     assert up == torch.inf and down != down and nan != nan  # as torch: -inf * 0 is NaN
 
 
+# Sequences, tokens, all positions, heads, heads of keys and values, width. Few tokens first.
+ATTENTIONS = (
+    (1, 1, 1, 1, 1, 2),
+    (1, 1, 300, 9, 3, 64),
+    (2, 3, 261, 7, 1, 80),
+    (2, 4, 4, 6, 6, 256),
+    (1, 1, 40, 10, 2, 6),
+    (1, 5, 5, 2, 2, 32),
+    (2, 33, 33, 6, 2, 64),
+    (1, 160, 160, 4, 1, 128),
+    (1, 40, 300, 3, 3, 96),
+    (1, 300, 300, 2, 1, 256),
+    (1, 20, 20, 2, 1, 80),
+)
+
+
+def heads_and_cache(sizes, dtype, seed=0):
+    """Queries, and keys and values that lie in longer memory."""
+    batch, tokens, length, heads, kv_heads, width = sizes
+    q = noise(batch, heads, tokens, width, seed=seed)
+    keys, values = noise(2, batch, kv_heads, length + 5, width, seed=seed + 1)
+    return q.to(dtype), keys.to(dtype)[:, :, :length], values.to(dtype)[:, :, :length]
+
+
+def assert_attended(y, q, keys, values, scale):
+    """Within the roundings: of scores in float32, of a factor where tiles take it, and of y."""
+    tokens, length, shared = q.shape[2], keys.shape[2], q.shape[1] // keys.shape[1]
+    q, keys, values = (
+        x.double()
+        for x in (q, keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1))
+    )
+    hidden = torch.ones(tokens, length).triu(1 + length - tokens).bool()
+    factors = (q @ keys.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+    f32, unit = UNIT[torch.float32], UNIT[y.dtype]
+    tiled = y.dtype is torch.bfloat16 and tokens > 4
+    score = f32 * (q.shape[-1] + 8) * scale * (q.abs() @ keys.mT.abs())
+    relative = 2 * score.masked_fill(hidden, 0).amax(-1, keepdim=True)
+    relative += f32 * (length + 16) + tiled * (unit / 2 + 2**-17)
+    expected, size = factors @ values, factors @ values.abs()
+    bound = relative * size + unit / 2 * expected.abs() + torch.finfo(y.dtype).smallest_normal
+    assert bool(((y.transpose(1, 2).double() - expected).abs() <= bound).all())
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_is_within_roundings(isa, dtype):
+    taken = []
+    for sizes in ATTENTIONS:
+        for scale in (sizes[-1] ** -0.5, 2.0):  # even factors, and few that count
+            q, keys, values = heads_and_cache(sizes, dtype)
+            y = native.attend(q, keys, values, scale)
+            taken.append(y is not None)
+            if y is not None:
+                assert y.dtype is dtype and y.shape == q.transpose(1, 2).shape
+                assert_attended(y, q, keys, values, scale)
+    few = {"scalar": 0}.get(isa, 10)
+    assert sum(taken) == few + (10 if isa == "amx" and dtype is torch.bfloat16 else 0)
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_attention_of_what_is_not_finite_is_as_torchs(isa, tokens):
+    q, keys, values = heads_and_cache((1, tokens, 200, 2, 1, 64), torch.bfloat16)
+    if native.attend(q, keys, values, 0.125) is None:
+        pytest.skip("torch's is used")
+    keys[0, 0, 180, 3] = torch.nan
+    y = native.attend(q, keys, values, 0.125)
+    sees = torch.arange(200 - tokens, 200) >= 180
+    assert torch.equal(y[0].isnan().all(-1).all(-1), sees)
+    assert not bool(y[0, ~sees].isnan().any())
+    keys = torch.zeros_like(keys)
+    values[0, 0, 100, 5] = torch.inf  # seen by all: what is not seen may be multiplied by 0
+    y = native.attend(q * 1e30, keys, values, 0.125)
+    assert bool(y[..., 5].isinf().all()) and bool(y[..., :5].isfinite().all())
+    far = torch.full_like(keys, -1e4)  # factors that vanish beside the last position's
+    far[:, :, -tokens:] = 1
+    y = native.attend(torch.ones_like(q), far, torch.ones_like(values), 1.0)
+    torch.testing.assert_close(y, torch.ones_like(y), rtol=0, atol=2**-8)
+
+
+@needs_library
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_rotation_is_within_roundings(isa, dtype):
+    for batch, tokens, _, heads, kv_heads, width in ATTENTIONS:
+        q = noise(batch, tokens, heads, width).to(dtype)
+        k, v = noise(2, batch, tokens, kv_heads, width, seed=1).to(dtype)
+        for of_all in (True, False):
+            cos, sin = noise(2, 1 if of_all else batch, tokens, width, seed=2).to(dtype)
+            keys, values = torch.zeros(2, batch, kv_heads, tokens + 2, width, dtype=dtype)
+            rotated = native.rotate(q, k, v, cos, sin, keys[:, :, 1:-1], values[:, :, 1:-1])
+            for found, x in ((rotated, q), (keys[:, :, 1:-1], k)):
+                wide, c, s = (
+                    x.double().transpose(1, 2),
+                    cos.double()[:, None],
+                    sin.double()[:, None],
+                )
+                other = torch.cat([-wide[..., width // 2 :], wide[..., : width // 2]], -1)
+                expected, size = wide * c + other * s, (wide * c).abs() + (other * s).abs()
+                bound = UNIT[dtype] / 2 * expected.abs() + 2 * UNIT[torch.float32] * size
+                bound += torch.finfo(dtype).smallest_normal * UNIT[dtype]
+                assert bool(((found.double() - expected).abs() <= bound).all())
+            assert torch.equal(values[:, :, 1:-1], v.transpose(1, 2))
+            for memory in (keys, values):
+                assert not memory[:, :, [0, -1]].any()
+
+
 def test_the_bounds_of_norms_and_gates_reject_what_is_wrong():
     x, weight = noise(4, 64), noise(64, seed=1)
     settings = {"eps": 1e-5, "shift": 0.0, "rounds_first": False}
@@ -595,6 +704,25 @@ def test_the_bounds_of_norms_and_gates_reject_what_is_wrong():
             assert_gated(wrong(g), x, x.flip(0), "silu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bound_of_attention_rejects_what_is_wrong(dtype):
+    q, keys, values = heads_and_cache((1, 20, 70, 4, 2, 64), dtype)
+    mask = torch.ones(20, 70).tril(50).bool()
+
+    def attend(scale=0.125, mask=mask):
+        arguments = (x.double() for x in (q, keys, values))
+        y = torch.nn.functional.scaled_dot_product_attention(
+            *arguments, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+        return y.transpose(1, 2).to(dtype)
+
+    assert_attended(attend(), q, keys, values, 0.125)
+    more, fewer = torch.ones(20, 70).tril(51).bool(), mask & (torch.arange(70) > 0)
+    for wrong in (attend() * 1.03, attend(0.13), attend(mask=more), attend(mask=fewer)):
+        with pytest.raises(AssertionError):
+            assert_attended(wrong, q, keys, values, 0.125)
+
+
 # --- threads and processes ------------------------------------------------------------------------
 
 
@@ -605,14 +733,21 @@ def test_the_number_of_threads_changes_no_row_and_no_code(isa):
     expected = by_torch(weight, scheme)
     dense = expected.dequantize()
     settings = {"eps": 1e-5, "shift": 0.0, "rounds_first": True}
-    norms, gates = [], []
+    q, keys, values = heads_and_cache((2, 77, 77, 6, 2, 64), torch.bfloat16)
+    norms, gates, attentions = [], [], []
     for count in (1, 2, 3, 16, 1):
         with threads(count):
             assert_same(native.quantize(weight, scheme), expected)
             assert torch.equal(native.rows(expected, None, torch.float32), dense)
             norms.append(native.rms_norm(weight, weight[0], **settings))
             gates.append(native.gated(weight, weight.flip(0), "silu"))
-    assert all(torch.equal(y, ys[0]) for ys in (norms, gates) for y in ys)
+            attentions += [native.attend(q[:, :, -1:].contiguous(), keys, values, 0.125)]
+            if (many := native.attend(q, keys, values, 0.125)) is not None:
+                attentions[-1] = torch.cat([many, attentions[-1]], 1)
+    if isa == "scalar":  # which leaves them to torch
+        assert attentions == [None] * 5
+        attentions = []
+    assert all(torch.equal(y, ys[0]) for ys in (norms, gates, attentions) for y in ys)
 
 
 JOBS = (("int4", 1), ("nf4", 2), ("int8", 20), ("float8_e4m3fn", 3))
@@ -831,6 +966,22 @@ def _between_at_edges(step, isa, at_end):
             assert torch.equal(edges.call(norm, edges.place(x), edges.place(w)), norm(x, w))
             gate = partial(native.gated, activation="silu")
             assert torch.equal(edges.call(gate, edges.place(x), edges.place(up)), gate(x, up))
+        for sizes in ATTENTIONS:
+            step(f"{dtype}, attention of {sizes}, at {where}")
+            q, keys, values = (x.contiguous() for x in heads_and_cache(sizes, dtype))
+            attend = partial(native.attend, scale=0.125)
+            if (expected := attend(q, keys, values)) is not None:
+                placed = map(edges.place, (q, keys, values))
+                assert torch.equal(edges.call(attend, *placed), expected)
+            batch, tokens, _, heads, kv_heads, width = sizes
+            cos, sin = noise(2, 1, tokens, width).to(dtype)
+            q, k = noise(batch, tokens, heads, width), noise(batch, tokens, kv_heads, width)
+            x = (q.to(dtype), k.to(dtype), k.to(dtype), cos, sin)
+            memory = [torch.empty(batch, kv_heads, tokens, width, dtype=dtype) for _ in range(2)]
+            expected, new = native.rotate(*x, *memory), [edges.place(m) for m in memory]
+            y = edges.call(native.rotate, *map(edges.place, x), *new)
+            assert torch.equal(y, expected)
+            assert all(map(torch.equal, new, memory))
 
 
 @needs_library

@@ -32,7 +32,7 @@ from zeropoint.numerics import double_quant, get_scale_dtype, scale_shape
 from zeropoint.qtensor import QTensor, part_specs
 from zeropoint.scheme import Scheme
 
-VERSION = 7  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
+VERSION = 8  # of the C ABI: ZP_VERSION in csrc/zeropoint.h
 LIBRARY = Path(__file__).parent / "lib" / "libzeropoint.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DOUBLE_QUANT = 3  # a scale_dtype: scales in 8 bits
@@ -49,6 +49,9 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 PRODUCT = Struct("8P2q4i")  # zp_product of csrc/zeropoint.h
 NORM = Struct("3P2q2f4i")  # zp_norm
 GATE = Struct("3Pq3i")  # zp_gate
+ROTATION = Struct(3 * "2P3q" + "2P4q2i")  # zp_rotation
+ATTENTION = Struct("4P10qf2i")  # zp_attention
+MOST_WIDTH = 256  # of a head: ZP_MOST_WIDTH
 OK, BAD_INDEX, NO_MEMORY, BAD_ARGUMENT = range(4)
 
 
@@ -100,7 +103,8 @@ def _open(path: Path) -> ctypes.CDLL | str:
 def _declare(library: ctypes.CDLL) -> None:
     library.zp_linear.argtypes = [c_void_p]
     library.zp_rms_norm.argtypes = library.zp_gated.argtypes = [c_void_p]
-    library.zp_rms_norm.restype = library.zp_gated.restype = None
+    library.zp_rotate.argtypes = library.zp_attend.argtypes = [c_void_p]
+    library.zp_rms_norm.restype = library.zp_gated.restype = library.zp_rotate.restype = None
     library.zp_rows.argtypes = [
         POINTER(Format), c_void_p, c_void_p, c_void_p, c_void_p,  # weight
         c_void_p, c_int64, c_void_p, c_int32, c_int32,
@@ -287,6 +291,54 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     )  # fmt: skip
     _library().zp_gated(product)
     return y
+
+
+def rotate(
+    queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
+    new_keys: Tensor, new_values: Tensor,
+) -> Tensor:  # fmt: skip
+    """The rotary embedding of queries, which are returned, and of keys; values are only moved.
+
+    queries: (B, T, H, D) float, D even; keys, values: (B, T, H2, D); cos, sin: (B or 1, T, D). All
+    contiguous and of one dtype, as are `new_keys` and `new_values`, (B, H2, T, D) of any strides
+    with contiguous (T, D), which are written. Returns (B, H, T, D).
+
+    y = x * cos + rotate_half(x) * sin in float32. Su et al. 2021, equation 34.
+    """
+    batch, tokens, heads, width = queries.shape
+    y = queries.new_empty(batch, heads, tokens, width)
+    size = tokens * width
+    rotation = ROTATION.pack(
+        queries.data_ptr(), y.data_ptr(), heads, heads * size, size,
+        keys.data_ptr(), new_keys.data_ptr(), keys.shape[2], *new_keys.stride()[:2],
+        values.data_ptr(), new_values.data_ptr(), values.shape[2], *new_values.stride()[:2],
+        cos.data_ptr(), sin.data_ptr(), size if cos.shape[0] > 1 else 0, batch, tokens, width,
+        DTYPES[queries.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _library().zp_rotate(rotation)
+    return y
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor | None:
+    """y = softmax(scale * queries @ keys^T) @ values of each head, in float32; None where torch is
+    as fast. Token t of T stands at position L - T + t, and sees those up to its own.
+
+    queries: (B, H, T, D) float, contiguous; keys, values: (B, H2, L, D) of the same dtype and any
+    strides with contiguous (L, D); each of the H2 serves H / H2 neighbours. scale: positive.
+    Returns (B, T, H, D), contiguous. Vaswani et al. 2017, equation 1.
+    """
+    batch, heads, tokens, width = queries.shape
+    y = queries.new_empty(batch, tokens, heads, width)
+    attention = ATTENTION.pack(
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), y.data_ptr(),
+        batch, heads, keys.shape[1], tokens, keys.shape[2], width,
+        *keys.stride()[:2], *values.stride()[:2], scale,
+        DTYPES[queries.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    result = _library().zp_attend(attention)
+    if result == NO_MEMORY:
+        raise MemoryError(f"no memory for keys and values of {tuple(keys.shape)}")
+    return y if result == OK else None
 
 
 def _address_of(part: Tensor | None) -> Callable[[], int]:

@@ -25,12 +25,12 @@ def test_it_shows_speeds_and_kernels(cli: Cli, checkpoint: Path) -> None:
 
 
 @needs_library
-def test_norms_and_gates_are_fused_when_asked(cli: Cli, checkpoint: Path) -> None:
+def test_what_lies_between_is_fused_when_asked(cli: Cli, checkpoint: Path) -> None:
     data = cli("bench", checkpoint, *ARGUMENTS, "--json", "-").json
     assert data["fused"] == 0
     ran = cli("bench", checkpoint, *ARGUMENTS, "--fuse")
     assert ran.code == 0
-    assert ["fused", "7", "norms", "and", "gates"] in [
+    assert ["fused", "9", "norms,", "gates", "and", "attentions"] in [
         line.split() for line in ran.out.splitlines()
     ]
 

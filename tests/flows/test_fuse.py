@@ -36,21 +36,30 @@ def test_the_model_answers_as_before(name, weights):
     report = zp.fuse(model)
     gated = name in GATED
     assert (len(report.norms), len(report.gates)) == ((2 * LAYERS + 1, LAYERS) if gated else (0, 0))
-    assert (
-        str(report) == f"{len(report.norms)} norms and {len(report.gates)} gated perceptrons fused"
+    assert len(report.attentions) == (LAYERS if gated else 0)
+    assert str(report) == (
+        "5 norms, 2 gated perceptrons and 2 attentions fused"
+        if gated
+        else "0 norms, 0 gated perceptrons and 0 attentions fused"
     )
     assert list(model.state_dict()) == keys
     assert_same(outputs(model), expected)
     if gated:
         assert report.norms[-1] == "model.norm" and report.gates[0] == "model.layers.0.mlp"
-        assert report.to_dict() == {"norms": report.norms, "gates": report.gates, "refused": None}
+        assert report.attentions[0] == "model.layers.0.self_attn"
+        assert report.to_dict() == {
+            "norms": report.norms,
+            "gates": report.gates,
+            "attentions": report.attentions,
+            "refused": None,
+        }
 
 
 def test_twice_is_once_and_back_is_as_it_was():
     model = build("llama")
     before, expected = dict(model.named_modules()), outputs(model)
     first = zp.fuse(model)
-    assert zp.fuse(model) == first and len(fused_modules(model)) == 3 * LAYERS + 1
+    assert zp.fuse(model) == first and len(fused_modules(model)) == 4 * LAYERS + 1
     zp.unfuse(model)
     assert dict(model.named_modules()) == before and torch.equal(outputs(model), expected)
     zp.unfuse(model)
@@ -64,7 +73,7 @@ def test_it_may_come_before_quantizing_training_and_saving(tmp_path):
     ids = torch.arange(2, 18).view(2, 8)
     zp.finetune(model, [ids] * 2, training=zp.Training(steps=2, window=8, held_out=0))
     zp.freeze(model)
-    assert len(fused_modules(model)) == 3 * LAYERS + 1
+    assert len(fused_modules(model)) == 4 * LAYERS + 1
     zp.save(model, tmp_path)
     loaded, _ = zp.load(tmp_path)
     assert not fused_modules(loaded)
@@ -75,7 +84,7 @@ def test_it_may_come_before_quantizing_training_and_saving(tmp_path):
     assert torch.equal(outputs(model), outputs(loaded))
     zp.fuse(model)
     zp.dequantize(model)
-    assert len(fused_modules(model)) == 3 * LAYERS + 1
+    assert len(fused_modules(model)) == 4 * LAYERS + 1
     # Weights that torch multiplies in float32, no longer tokens of 16 bits.
     torch.testing.assert_close(outputs(model), outputs(loaded), rtol=1e-2, atol=1e-3)
 
@@ -86,10 +95,12 @@ def test_modules_with_hooks_are_left_as_they_are():
     model.model.norm.register_forward_hook(lambda *_: seen.append("norm"))
     model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append("gate"))
     model.model.layers[1].mlp.register_full_backward_hook(lambda *_: seen.append("back"))
+    model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: seen.append("attention"))
     report = zp.fuse(model)
     assert "model.norm" not in report.norms and report.gates == ()
+    assert report.attentions == ("model.layers.0.self_attn",)
     outputs(model)
-    assert seen == ["gate", "norm"]
+    assert seen == ["gate", "attention", "norm"]
 
 
 def test_forwards_that_accelerate_has_replaced_are_left_as_they_are():
@@ -133,6 +144,75 @@ def test_a_norm_of_two_names_stays_one():
 def test_a_model_that_is_a_norm_itself_is_left():
     norm = build("llama").model.norm
     assert zp.fuse(norm).norms == ()
+
+
+# --- generating -----------------------------------------------------------------------------------
+
+PADDED = {
+    "input_ids": torch.tensor([[0, 0, 0, 5, 6, 7], [2, 3, 4, 5, 6, 7]]),
+    "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", sorted(GATED))
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 3},  # drafts, and cuts the cache where they were wrong
+        {"use_cache": False},
+        PADDED,
+    ],
+    ids=["greedy", "beams", "static", "drafts", "uncached", "padded"],
+)
+def test_it_generates_the_same(name, how, monkeypatch):
+    model = build(name)
+    inputs = {"input_ids": torch.tensor([[2, 3, 4, 5, 4, 5, 4]])}
+    settings = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
+
+    def generate():
+        return model.generate(**inputs | settings | how, output_logits=True)
+
+    expected = generate()
+    zp.fuse(model)
+    attended = []
+    attend = native.attend
+    monkeypatch.setattr(native, "attend", lambda *a: attended.append(a) or attend(*a))
+    found = generate()
+    assert torch.equal(found.sequences, expected.sequences)
+    for logits, before in zip(found.logits, expected.logits, strict=True):
+        assert_same(logits, before)
+    # Masks, static caches and sliding windows are left to the float module.
+    left = how is PADDED or "cache_implementation" in how or name == "mistral"
+    assert bool(attended) != left
+
+
+def test_a_cache_may_be_continued_by_the_float_model_and_back():
+    model, ids = build("llama"), torch.arange(2, 22)[None]
+    expected = model(ids).logits
+    zp.fuse(model)
+    with torch.no_grad():
+        found = [(out := model(ids[:, :8], use_cache=True)).logits]
+        for begin, end in ((8, 9), (9, 10), (10, 13), (13, 14), (14, 19), (19, 20)):
+            (zp.unfuse if begin in (9, 14) else zp.fuse)(model)
+            out = model(ids[:, begin:end], past_key_values=out.past_key_values)
+            found.append(out.logits)
+    assert_same(torch.cat(found, 1), expected)
+
+
+def test_another_attention_chosen_later_is_that():
+    model = build("llama")
+    zp.fuse(model)
+    ids = torch.arange(2, 12)[None]
+    expected = model(ids).logits
+    model.set_attn_implementation("eager")
+    assert_same(model(ids).logits, expected)
+    assert zp.fuse(build("llama")).attentions  # but is not found by
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    assert zp.fuse(model).attentions == ()
 
 
 def test_without_a_library_nothing_is_fused_and_the_report_says_why(monkeypatch):

@@ -7,14 +7,15 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, LlamaConfig
+from transformers import DynamicCache, Gemma2Config, LlamaConfig, StaticCache
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from zeropoint import native
 from zeropoint.model.formula import gate_of, norm_of
-from zeropoint.nn.fused import FusedMLP, FusedRMSNorm
+from zeropoint.model.rotary import attention_of
+from zeropoint.nn.fused import FusedAttention, FusedMLP, FusedRMSNorm
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 K = 64
@@ -54,7 +55,7 @@ def _noted(made, name, function, *args, **kwargs):
 def calls(monkeypatch):
     """Names of the native functions, as they are called."""
     made = []
-    for name in ("rms_norm", "gated"):
+    for name in ("rms_norm", "gated", "rotate", "attend"):
         spy = partial(_noted, made, name, getattr(native, name))
         monkeypatch.setattr(native, name, spy)
     return made
@@ -169,3 +170,155 @@ def test_what_is_put_in_its_place_is_used_by_both():
     x = noise(2, K).to(torch.bfloat16)
     assert torch.equal(norm.original(x), norm(x))
     assert not norm.eval().original.training
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+CONFIG = LlamaConfig(
+    hidden_size=K, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1
+)
+CONFIG._attn_implementation = "sdpa"
+
+
+def attention(dtype=torch.float32):
+    """As transformers computes it, and fused."""
+    module = LlamaAttention(CONFIG, layer_idx=0).eval()
+    with torch.no_grad():
+        for i, parameter in enumerate(module.parameters()):
+            parameter.copy_(noise(*parameter.shape, seed=i) / 8)
+    module = module.to(dtype)
+    return module, FusedAttention(module, attention_of(module))
+
+
+def tokens_at(position, tokens, dtype, batch=2, positions_of_each=False):
+    """What a decoder layer passes: tokens, and the cosines and sines of their positions."""
+    x = noise(batch, tokens, K, seed=position).to(dtype)
+    at = torch.arange(position, position + tokens) + 3 * torch.arange(batch)[:, None]
+    angles = at[:, :, None] * 0.1 ** torch.arange(8).repeat(2)
+    angles = angles if positions_of_each else angles[:1]
+    return {
+        "hidden_states": x,
+        "position_embeddings": (angles.cos().to(dtype), angles.sin().to(dtype)),
+    }
+
+
+def assert_close(found, expected):
+    """Within a few roundings of the largest value."""
+    assert found[1] is expected[1] is None
+    size = float(expected[0].detach().abs().max())
+    atol = 8 * torch.finfo(expected[0].dtype).eps * size
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.inference_mode()
+def test_attention_answers_as_the_float_module(dtype, each, calls):
+    module, new = attention(dtype)
+    caches = DynamicCache(config=CONFIG), DynamicCache(config=CONFIG)
+    position = 0
+    for tokens in (33, 1, 1, 1):
+        inputs = tokens_at(position, tokens, dtype, positions_of_each=each)
+        assert_close(new(**inputs), module(**inputs))
+        found, expected = (
+            m(**inputs, past_key_values=c) for m, c in zip((new, module), caches, strict=True)
+        )
+        assert_close(found, expected)
+        position += tokens
+    mine, theirs = (c.layers[0] for c in caches)
+    assert mine.get_seq_length() == theirs.get_seq_length() == position
+    for name in ("keys", "values"):
+        assert_close((getattr(mine, name), None), (getattr(theirs, name), None))
+    assert calls == ["rotate", "attend"] * 8
+
+
+@torch.inference_mode()
+def test_attention_that_is_not_plain_is_the_float_modules(calls):
+    module, new = attention()
+    inputs = tokens_at(0, 5, torch.float32)
+    padded = torch.ones(2, 1, 5, 5).tril().bool() & (torch.arange(5) > 1)
+    padded[:, :, :2, 0] = True
+    for other in (
+        {"attention_mask": padded},
+        {"is_causal": False},
+        {"past_key_values": StaticCache(config=CONFIG, max_cache_len=5)},
+        {"position_embeddings": tuple(x.half() for x in inputs["position_embeddings"])},
+    ):
+        found, expected = new(**inputs | copy.deepcopy(other)), module(**inputs | other)
+        assert torch.equal(found[0], expected[0]) and not calls
+    new.train()
+    assert torch.equal(new(**inputs)[0], module(**inputs)[0]) and not calls
+    new.eval()
+    with pytest.raises(RuntimeError, match="0 elements"):
+        new(**tokens_at(0, 0, torch.float32))
+    with pytest.raises(TypeError):
+        new(inputs["hidden_states"])
+    # Tokens that follow others, of which transformers passes a mask.
+    found, expected = DynamicCache(config=CONFIG), DynamicCache(config=CONFIG)
+    for cache, m in ((found, new), (expected, module)):
+        m(**tokens_at(0, 3, torch.float32), past_key_values=cache)
+    calls.clear()
+    mask = torch.ones(2, 1, 5, 8).tril(3).bool()
+    inputs = tokens_at(3, 5, torch.float32) | {"attention_mask": mask}
+    assert_close(new(**inputs, past_key_values=found), module(**inputs, past_key_values=expected))
+    assert not calls
+
+
+def test_gradients_of_attention_are_those_of_the_float_module(calls):
+    module, new = attention()
+    inputs = tokens_at(0, 5, torch.float32)
+    grads = []
+    for m in (module, new):
+        module.zero_grad()
+        at = inputs["hidden_states"].clone().requires_grad_()
+        m(**inputs | {"hidden_states": at})[0].square().sum().backward()
+        grads.append([at.grad, *(p.grad.clone() for p in module.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and not calls
+
+
+def test_what_traces_a_model_sees_the_float_attention(calls):
+    module, new = attention()
+    inputs = tokens_at(0, 5, torch.float32)
+    expected = module(**inputs)[0].detach()
+    with torch.no_grad():
+        exported = torch.export.export(new, (), inputs).module()
+        compiled = torch.compile(new, backend="eager", fullgraph=True)
+        for other in (exported, compiled):
+            torch.testing.assert_close(other(**inputs)[0], expected)
+    assert not calls
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.inference_mode()
+def test_a_copy_of_attention_has_parts_of_its_own(copied):
+    module, new = attention()
+    inputs = tokens_at(0, 5, torch.float32)
+    assert list(new.state_dict()) == list(module.state_dict()) and new.scaling == module.scaling
+    expected = new(**inputs)[0]
+    other = copied(new)
+    for parameter in new.parameters():
+        parameter.zero_()
+    assert torch.equal(other(**inputs)[0], expected) and not new(**inputs)[0].any()
+
+
+@torch.inference_mode()
+def test_projections_of_other_strides_and_shapes_are_read_right(calls):
+    module, new = attention()
+    inputs = tokens_at(0, 5, torch.float32)
+
+    class Part(nn.Module):
+        """Half of a wider output: rows with a gap between them."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(x).repeat(1, 1, 2)[..., : self.linear.out_features]
+
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(new, name, Part(getattr(new, name)))
+    assert_close(new(**inputs), module(**inputs))
+    assert calls == ["rotate", "attend"]
+    new.v_proj = nn.Linear(K, K)  # heads that do not fit those of the keys
+    assert torch.equal(new(**inputs)[0], module(**inputs)[0]) and calls == ["rotate", "attend"]

@@ -38,7 +38,9 @@ def bench(
     ] = None,
     fuse: Annotated[
         bool,
-        typer.Option("--fuse", help="Norms and gates in one pass each, as zp.fuse makes them."),
+        typer.Option(
+            "--fuse", help="Norms, gates and attentions in one pass each, as zp.fuse makes them."
+        ),
     ] = False,
     json_to: Json = None,
     debug: Debug = False,
@@ -86,7 +88,7 @@ def _show_speed(screen: Screen, model: str, speed: Speed) -> None:
         ("threads", str(speed.threads), ""),
         ("kernels", "", kernels),
         *(("refused", "", reason) for reason in speed.refused),
-        *([("fused", str(speed.fused), "norms and gates")] if speed.fused else []),
+        *([("fused", str(speed.fused), "norms, gates and attentions")] if speed.fused else []),
     )
     for row in rows:
         result.add_row(*row)

@@ -27,7 +27,7 @@ class Speed:
     after the prompt, from the median time of a token. load_seconds: from the call to a model that
     can run. peak_rss_bytes: of the process since it started, loading included. kernels: number of
     modules each kernel serves; "float" is torch's own. refused: kernels that would
-    have been faster, why they were not used, and for how many modules. fused: norms and gates that
+    have been faster, why they were not used, and for how many modules. fused: modules that
     `zp.fuse` replaced.
     """
 
@@ -92,7 +92,7 @@ def bench(
             threads=torch.get_num_threads(),
             kernels=_kernels(model),
             refused=_refused(model),
-            fused=0 if fusion is None else len(fusion.norms) + len(fusion.gates),
+            fused=0 if fusion is None else fusion.count,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
         )

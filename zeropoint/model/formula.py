@@ -36,8 +36,8 @@ _SPELLINGS: dict[Any, str] = {
     nn.functional.silu: "silu",
     nn.functional.gelu: "gelu",
 }
-# What forwards raise when they are given a proxy; of those that take one input, see `expression`.
-_UNTRACEABLE = (
+# What forwards raise when they are given a proxy, or noise in the place of their children.
+UNTRACEABLE = (
     fx.proxy.TraceError,  # it depends on the input's values
     ArithmeticError,
     AssertionError,
@@ -119,7 +119,7 @@ def expression(module: nn.Module) -> Expression:
     attributes = dict(vars(module))
     try:
         graph = _Leaves().trace(module)
-    except _UNTRACEABLE:
+    except UNTRACEABLE:
         return _UNKNOWN
     finally:
         same = vars(module).keys() == attributes.keys() and all(

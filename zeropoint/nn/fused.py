@@ -1,4 +1,5 @@
-"""What lies between linear layers in one pass over memory: RMS norms, and gates of perceptrons.
+"""What lies between linear layers in one pass over memory: RMS norms, gates of perceptrons, and
+attention.
 
 A fused module stands in for the float module it was made from, whose parameters and children it
 has, under the same names. Where a call must not go straight to the native library (gradients,
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from zeropoint import native
 from zeropoint.kernels.ops import nobody_looks
+from zeropoint.nn import cache
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -42,6 +44,23 @@ class GateFormula:
     down: str
     gated_by: str
     activation: Activation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionFormula:
+    """y = output(softmax(scale * Q K^T) V) of each head, each token seeing those up to its own, Q
+    and K rotated by their positions. Vaswani et al. 2017, equation 1; Su et al. 2021, equation 34.
+
+    queries, keys, values, output: names of children. layer: its number in a cache.
+    """
+
+    queries: str
+    keys: str
+    values: str
+    output: str
+    head_dim: int
+    scale: float
+    layer: int
 
 
 class FusedModule(nn.Module):
@@ -75,6 +94,11 @@ class FusedModule(nn.Module):
     def extra_repr(self) -> str:
         original = self._original[0]
         return f"{type(original).__name__}({original.extra_repr()})"
+
+    def _child(self, name: str) -> nn.Module:
+        child = self._modules[name]
+        assert child is not None
+        return child
 
 
 class FusedRMSNorm(FusedModule):
@@ -134,10 +158,91 @@ class FusedMLP(FusedModule):
         z: Tensor = self._child(formula.down)(y)
         return z
 
-    def _child(self, name: str) -> nn.Module:
-        child = self._modules[name]
-        assert child is not None
-        return child
+
+# Arguments of a forward that do not change what is computed, as long as there is no mask.
+_IRRELEVANT = {"position_ids", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+class FusedAttention(FusedModule):
+    """Rotary embedding and causal attention in one pass each; keys and values are written where
+    they stay. x, y: (B, T, K) float.
+
+    With a mask, or a cache other than transformers' DynamicCache, the float module's forward runs.
+    """
+
+    def __init__(self, original: nn.Module, formula: AttentionFormula) -> None:
+        super().__init__(original)
+        self.formula = formula
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if (
+            attention_mask is None
+            and position_embeddings is not None
+            and not self.training
+            and nobody_looks(hidden_states)
+            and hidden_states.dim() == 3
+            and hidden_states.numel() > 0
+            and kwargs.keys() <= _IRRELEVANT
+        ):
+            y = self._attended(hidden_states, *position_embeddings, past_key_values)
+            if y is not None:
+                return self._child(self.formula.output)(y), None
+        answer: tuple[Tensor, Tensor | None] = self._original[0].forward(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return answer
+
+    def _attended(self, x: Tensor, cos: Tensor, sin: Tensor, cached: Any) -> Tensor | None:
+        """What the output projection is given, (B, T, N); None where the float module has to."""
+        formula = self.formula
+        batch, tokens, _ = x.shape
+        width = formula.head_dim
+        layer = None
+        if cached is not None:
+            layer = cache.growing_layer(cached, formula.layer)
+            if layer is None or (tokens > 1 and cache.length_of(layer) > 0):
+                return None
+        if not (cos.dtype is sin.dtype is x.dtype and cos.is_cpu and sin.is_cpu):
+            return None
+        if cos.shape != sin.shape or cos.shape not in ((batch, tokens, width), (1, tokens, width)):
+            return None
+        q, k, v = (
+            self._child(name)(x).contiguous().view(batch, tokens, -1, width)
+            for name in (formula.queries, formula.keys, formula.values)
+        )
+        if (
+            not (q.dtype is k.dtype is v.dtype is x.dtype)
+            or k.shape != v.shape
+            or q.shape[2] % k.shape[2] != 0
+            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or (layer is not None and not cache.extend(layer, tokens, k))
+        ):
+            return None
+        if layer is None:
+            keys, values = (k.new_empty(batch, k.shape[2], tokens, width) for _ in range(2))
+        else:
+            keys, values = layer.keys, layer.values
+        new = slice(keys.shape[2] - tokens, None)
+        q = native.rotate(
+            q, k, v, cos.contiguous(), sin.contiguous(), keys[:, :, new], values[:, :, new]
+        )
+        y = native.attend(q, keys, values, formula.scale)
+        if y is None:
+            y = nn.functional.scaled_dot_product_attention(
+                q, keys, values, is_causal=tokens > 1, scale=formula.scale, enable_gqa=True
+            ).transpose(1, 2)
+        return y.reshape(batch, tokens, -1)
 
 
 def has_hooks(module: nn.Module) -> bool:
