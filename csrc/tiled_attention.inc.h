@@ -74,13 +74,13 @@ struct Rows32 {
   }
 };
 
-// 2^v to 2^-18 of itself, more than is kept of it; 2^-125 below -125. v <= 0, or a NaN, which stays.
+// 2^v to 2^-18 of itself, more than is kept of it, and of 0 exactly; 2^-125 below -125. v <= 0, or a NaN, which stays.
 inline INLINE F power_of_2(F v) {
   constexpr float SHIFT = 0x1.8p23f + 127;  // brings the exponent's bits to the lowest
-  constexpr float CURVE[] = {0x1.ca1288p-5f, 0x1.ec0818p-3f, 0x1.62e0e2p-1f, 0x1.ffffe4p-1f};
+  constexpr float CURVE[] = {0x1.c9fc4ap-5f, 0x1.ec0378p-3f, 0x1.62e12cp-1f, 1.0f};
   v = max(set1(-125), v);
   F shifted = add(v, set1(SHIFT)), r = sub(v, sub(shifted, set1(SHIFT)));
-  F p = set1(0x1.394760p-7f);
+  F p = set1(0x1.3a02b8p-7f);
   for (float c : CURVE) p = fma(p, r, set1(c));
   return mul(p, with_bits(bits_of(shifted) << 23));
 }
