@@ -673,7 +673,7 @@ def test_a_rotation_is_within_roundings(isa, dtype):
         for of_all in (True, False):
             cos, sin = noise(2, 1 if of_all else batch, tokens, width, seed=2).to(dtype)
             keys, values = torch.zeros(2, batch, kv_heads, tokens + 2, width, dtype=dtype)
-            rotated = native.rotate(q, k, v, cos, sin, keys[:, :, 1:-1], values[:, :, 1:-1])
+            rotated = native.rotate(q, k, v, cos, sin, keys[:, :, :-1], values[:, :, :-1])
             for found, x in ((rotated, q), (keys[:, :, 1:-1], k)):
                 wide, c, s = (
                     x.double().transpose(1, 2),

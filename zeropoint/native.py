@@ -295,23 +295,26 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def rotate(
     queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
-    new_keys: Tensor, new_values: Tensor,
+    all_keys: Tensor, all_values: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The rotary embedding of queries, which are returned, and of keys; values are only moved.
+    """The rotary embedding of queries, which are returned, and of keys, which are written as the last
+    T of `all_keys`, as values, unchanged, are of `all_values`.
 
-    queries: (B, T, H, D) float, D even; keys, values: (B, T, H2, D); cos, sin: (B or 1, T, D). All
-    contiguous and of one dtype, as are `new_keys` and `new_values`, (B, H2, T, D) of any strides
-    with contiguous (T, D), which are written. Returns (B, H, T, D).
+    queries: (B, T, H, D) float, D even; keys, values: (B, T, H2, D); cos, sin: (B or 1, T, D), all
+    contiguous and of one dtype; all_keys, all_values: (B, H2, L, D) of that dtype and any strides
+    with contiguous (L, D). Returns (B, H, T, D).
 
     y = x * cos + rotate_half(x) * sin in float32. Su et al. 2021, equation 34.
     """
     batch, tokens, heads, width = queries.shape
+    kv_heads, length = all_keys.shape[1:3]
     y = queries.new_empty(batch, heads, tokens, width)
     size = tokens * width
+    past = (length - tokens) * width * queries.element_size()
     rotation = ROTATION.pack(
         queries.data_ptr(), y.data_ptr(), heads, heads * size, size,
-        keys.data_ptr(), new_keys.data_ptr(), keys.shape[2], *new_keys.stride()[:2],
-        values.data_ptr(), new_values.data_ptr(), values.shape[2], *new_values.stride()[:2],
+        keys.data_ptr(), all_keys.data_ptr() + past, kv_heads, *all_keys.stride()[:2],
+        values.data_ptr(), all_values.data_ptr() + past, kv_heads, *all_values.stride()[:2],
         cos.data_ptr(), sin.data_ptr(), size if cos.shape[0] > 1 else 0, batch, tokens, width,
         DTYPES[queries.dtype], torch.get_num_threads(),
     )  # fmt: skip

@@ -64,7 +64,8 @@ def extend(layer: Any, tokens: int, like: Tensor) -> bool:
         if past > 0:
             room.keys[:, :, :past], room.values[:, :, :past] = layer.keys, layer.values
         _ROOMS[layer] = room
-    layer.keys, layer.values = room.given = room.keys[:, :, :length], room.values[:, :, :length]
+    keys, values = room.keys.narrow(2, 0, length), room.values.narrow(2, 0, length)
+    layer.keys, layer.values = room.given = keys, values
     return True
 
 

@@ -233,10 +233,7 @@ class FusedAttention(FusedModule):
             keys, values = (k.new_empty(batch, k.shape[2], tokens, width) for _ in range(2))
         else:
             keys, values = layer.keys, layer.values
-        new = slice(keys.shape[2] - tokens, None)
-        q = native.rotate(
-            q, k, v, cos.contiguous(), sin.contiguous(), keys[:, :, new], values[:, :, new]
-        )
+        q = native.rotate(q, k, v, cos.contiguous(), sin.contiguous(), keys, values)
         y = native.attend(q, keys, values, formula.scale)
         if y is None:
             y = nn.functional.scaled_dot_product_attention(
