@@ -297,8 +297,8 @@ def rotate(
     queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor,
     all_keys: Tensor, all_values: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The rotary embedding of queries, which are returned, and of keys, which are written as the last
-    T of `all_keys`, as values, unchanged, are of `all_values`.
+    """The rotary embedding of queries, which are returned, and of keys, which are written as the
+    last T of `all_keys`, as values, unchanged, are of `all_values`.
 
     queries: (B, T, H, D) float, D even; keys, values: (B, T, H2, D); cos, sin: (B or 1, T, D), all
     contiguous and of one dtype; all_keys, all_values: (B, H2, L, D) of that dtype and any strides
