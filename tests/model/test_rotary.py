@@ -11,6 +11,7 @@ from transformers.models.granite.modeling_granite import GraniteAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.olmo.modeling_olmo import OlmoAttention
+from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -38,7 +39,8 @@ def attention(kind, layer=0, **settings):
 
 def formula(**changes):
     parts = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj", "output": "o_proj"}
-    return AttentionFormula(**parts | {"head_dim": 16, "scale": 0.25, "layer": 0} | changes)
+    parts |= {"norms": (), "head_dim": 16, "scale": 0.25, "layer": 0}
+    return AttentionFormula(**parts | changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -54,6 +56,7 @@ def formula(**changes):
         (lambda: attention(OlmoAttention), formula()),
         (lambda: attention(GraniteAttention, attention_multiplier=0.7), formula(scale=0.7)),
         (lambda: attention(SmolLM3Attention), formula()),
+        (lambda: attention(Qwen3Attention, head_dim=16), formula(norms=("q_norm", "k_norm"))),
     ],
 )
 def test_attention_of_published_models_is_found(module, found, dtype):
@@ -82,7 +85,7 @@ def test_quantized_projections_are_no_obstacle():
 @pytest.mark.parametrize(
     "module",
     [
-        lambda: attention(Qwen3Attention),  # norms of queries and keys
+        lambda: attention(Olmo2Attention),  # norms of all heads together
         lambda: attention(Gemma2Attention),  # a limit of the scores
         lambda: attention(OlmoAttention, clip_qkv=8.0),
         lambda: attention(SmolLM3Attention, layer=3),  # no rotary embedding

@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, Gemma2Config, LlamaConfig, StaticCache
+from transformers import DynamicCache, Gemma2Config, LlamaConfig, Qwen3Config, StaticCache
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP, Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from zeropoint import native
 from zeropoint.model.formula import gate_of, norm_of
@@ -174,15 +175,22 @@ def test_what_is_put_in_its_place_is_used_by_both():
 
 # --- attention ------------------------------------------------------------------------------------
 
-CONFIG = LlamaConfig(
-    hidden_size=K, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1
-)
-CONFIG._attn_implementation = "sdpa"
+SIZES = {
+    "hidden_size": K,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "head_dim": 16,
+}
+CONFIG = LlamaConfig(**SIZES)
+CONFIGS = {LlamaAttention: CONFIG, Qwen3Attention: Qwen3Config(**SIZES)}
+for config in CONFIGS.values():
+    config._attn_implementation = "sdpa"
 
 
-def attention(dtype=torch.float32):
+def attention(dtype=torch.float32, kind=LlamaAttention):
     """As transformers computes it, and fused."""
-    module = LlamaAttention(CONFIG, layer_idx=0).eval()
+    module = kind(CONFIGS[kind], layer_idx=0).eval()
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
             parameter.copy_(noise(*parameter.shape, seed=i) / 8)
@@ -198,6 +206,7 @@ def tokens_at(position, tokens, dtype, batch=2, positions_of_each=False):
     angles = angles if positions_of_each else angles[:1]
     return {
         "hidden_states": x,
+        "attention_mask": None,
         "position_embeddings": (angles.cos().to(dtype), angles.sin().to(dtype)),
     }
 
@@ -210,11 +219,12 @@ def assert_close(found, expected):
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda k: k.__name__)
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.inference_mode()
-def test_attention_answers_as_the_float_module(dtype, each, calls):
-    module, new = attention(dtype)
+def test_attention_answers_as_the_float_module(dtype, each, kind, calls):
+    module, new = attention(dtype, kind)
     caches = DynamicCache(config=CONFIG), DynamicCache(config=CONFIG)
     position = 0
     for tokens in (33, 1, 1, 1):

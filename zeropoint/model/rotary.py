@@ -9,6 +9,7 @@ bias that nobody listed shows in the digits.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from zeropoint.model.attention import HEAD_DIM, LAYOUTS, linear_shape
 from zeropoint.model.formula import UNTRACEABLE
 from zeropoint.nn.fused import AttentionFormula
 
+_NORMS = {"q_norm", "k_norm"}  # of each head, where there are any
 _BATCH, _TOKENS, _PAST = 2, 5, 4
 _SIZES = ((1.0, 1.0, 1.0), (1e3, 1e-3, 1e3), (1e-3, 1e3, 1e-3))  # of queries, keys and values
 _TOLERANCE = 1e-9  # float64 adds up errors of 1e-14
@@ -34,20 +36,26 @@ def attention_of(module: nn.Module) -> AttentionFormula | None:
         return None
     if head_dim % 2 or not 0 < head_dim <= native.MOST_WIDTH:
         return None
-    scale = float(getattr(module, "scaling", head_dim**-0.5))
+    scale = getattr(module, "scaling", head_dim**-0.5)
+    if not isinstance(scale, float) or scale <= 0:
+        return None
+    children = {name for name, child in module._modules.items() if child is not None}
     for layout in LAYOUTS:
-        if layout.rows != "apart" or set(module._modules) != {*layout.inputs, layout.output}:
+        projections = {*layout.inputs, layout.output}
+        others = children - projections
+        if layout.rows != "apart" or not projections <= children or others not in (set(), _NORMS):
             continue
         formula = AttentionFormula(
             queries=layout.inputs[0],
             keys=layout.inputs[1],
             values=layout.inputs[2],
             output=layout.output,
+            norms=("q_norm", "k_norm") if others else (),
             head_dim=head_dim,
             scale=scale,
             layer=layer,
         )
-        if scale > 0 and _computes(module, formula):
+        if _computes(module, formula):
             return formula
     return None
 
@@ -65,6 +73,18 @@ class _Given(nn.Module):
         return x if self.value is None else self.value
 
 
+class _Times(nn.Module):
+    """In the place of a norm: a product of the last axis, which has to be a head."""
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == self.factor.numel()
+        return x * self.factor
+
+
 class _Past:
     """A cache that has seen `_PAST` tokens."""
 
@@ -77,6 +97,52 @@ class _Past:
         return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """What goes in, of sequences B, tokens T and heads H of width D, and what was there before."""
+
+    x: Tensor  # (B, T, K)
+    q: Tensor  # (B, T, H * D), as k and v, which have fewer heads
+    k: Tensor
+    v: Tensor
+    cos: Tensor  # (B, T, D), as sin
+    sin: Tensor
+    keys: Tensor  # (B, H, L, D), as values
+    values: Tensor
+    factors: Tensor  # (2, D), in the place of norms
+
+    def children(self, formula: AttentionFormula) -> dict[str, nn.Module]:
+        names = formula.queries, formula.keys, formula.values
+        given = zip(names, (self.q, self.k, self.v), strict=True)
+        norms = zip(formula.norms, self.factors, strict=False)
+        return {
+            formula.output: _Given(None),
+            **{name: _Given(value) for name, value in given},
+            **{name: _Times(factor) for name, factor in norms},
+        }
+
+    def expected(self, formula: AttentionFormula) -> Tensor:
+        """What the projection back is given, (B, T, H * D)."""
+        factors = self.factors if formula.norms else torch.ones(2, 1)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(*x.shape[:2], -1, formula.head_dim).transpose(1, 2)
+
+        def rotated(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, dim=-1)
+            return x * self.cos[:, None] + torch.cat([-second, first], -1) * self.sin[:, None]
+
+        queries = rotated(heads(self.q) * factors[0])
+        keys = torch.cat([self.keys, rotated(heads(self.k) * factors[1])], 2)
+        values = torch.cat([self.values, heads(self.v)], 2)
+        shared = queries.shape[1] // keys.shape[1]
+        scores = queries @ keys.repeat_interleave(shared, 1).mT * formula.scale
+        hidden = torch.ones(scores.shape[-2:]).triu(1 + self.keys.shape[2]).bool()
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        y = weights @ values.repeat_interleave(shared, 1)
+        return y.transpose(1, 2).reshape(*self.q.shape)
+
+
 @torch.no_grad()
 def _computes(module: nn.Module, formula: AttentionFormula) -> bool:
     names = formula.queries, formula.keys, formula.values, formula.output
@@ -84,13 +150,13 @@ def _computes(module: nn.Module, formula: AttentionFormula) -> bool:
     if None in shapes:
         return False
     (n, k), *keys_and_values, (_, inner) = (shape for shape in shapes if shape is not None)
-    heads, kv_heads = n // formula.head_dim, keys_and_values[0][0] // formula.head_dim
+    width, kv_n = formula.head_dim, keys_and_values[0][0]
     if (
-        keys_and_values != [(kv_heads * formula.head_dim, k)] * 2
+        keys_and_values != [(kv_n, k)] * 2
         or n != inner
-        or n != heads * formula.head_dim
-        or not kv_heads
-        or heads % kv_heads
+        or n % width
+        or kv_n % width
+        or n % max(kv_n, 1)
     ):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -100,57 +166,45 @@ def _computes(module: nn.Module, formula: AttentionFormula) -> bool:
 
     for tokens, past in ((_TOKENS, 0), (1, _PAST)):
         for of_queries, of_keys, of_values in _SIZES:
-            x, cos, sin = noise(_BATCH, tokens, k), *noise(2, _BATCH, tokens, formula.head_dim)
-            q = noise(_BATCH, tokens, n) * of_queries
-            keys = noise(_BATCH, kv_heads, past, formula.head_dim) * of_keys
-            values = noise(_BATCH, kv_heads, past, formula.head_dim) * of_values
-            k_new = noise(_BATCH, tokens, kv_heads * formula.head_dim) * of_keys
-            v_new = noise(_BATCH, tokens, kv_heads * formula.head_dim) * of_values
-            cache = _Past(keys, values) if past else None
-            given = [_Given(value) for value in (q, k_new, v_new, None)]
-            try:
-                answer = _with_children(module, dict(zip(names, given, strict=True)))(
-                    x, position_embeddings=(cos, sin), attention_mask=None, past_key_values=cache
-                )
-            except UNTRACEABLE:
-                return False
-            expected = _expected(q, k_new, v_new, cos, sin, keys, values, formula)
-            if not (
-                isinstance(answer, tuple)
-                and len(answer) == 2
-                and answer[0] is given[3].x
-                and answer[1] is None
-                and all(g.x is x for g in given[:3])
-                and (cache is None or cache.layer == formula.layer)
-                and answer[0].shape == expected.shape
-                and torch.allclose(answer[0], expected, rtol=0, atol=_TOLERANCE * of_values)
-            ):
+            trial = _Trial(
+                x=noise(_BATCH, tokens, k),
+                q=noise(_BATCH, tokens, n) * of_queries,
+                k=noise(_BATCH, tokens, kv_n) * of_keys,
+                v=noise(_BATCH, tokens, kv_n) * of_values,
+                cos=noise(_BATCH, tokens, width),
+                sin=noise(_BATCH, tokens, width),
+                keys=noise(_BATCH, kv_n // width, past, width) * of_keys,
+                values=noise(_BATCH, kv_n // width, past, width) * of_values,
+                factors=noise(2, width),
+            )
+            if not _agrees(module, formula, trial, _TOLERANCE * of_values):
                 return False
     return True
 
 
-def _with_children(module: nn.Module, children: dict[str, nn.Module]) -> nn.Module:
-    other = copy.copy(module)
+def _agrees(module: nn.Module, formula: AttentionFormula, trial: _Trial, tolerance: float) -> bool:
+    cache = _Past(trial.keys, trial.values) if trial.keys.shape[2] else None
+    children, other = trial.children(formula), copy.copy(module)
     vars(other).update(_modules=children, training=False)
-    return other
-
-
-def _expected(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    formula: AttentionFormula,
-) -> Tensor:  # fmt: skip
-    def heads(x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, formula.head_dim).transpose(1, 2)
-
-    def rotated(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
-
-    keys, values = torch.cat([keys, rotated(heads(k))], 2), torch.cat([values, heads(v)], 2)
-    queries = rotated(heads(q))
-    shared = queries.shape[1] // keys.shape[1]
-    scores = queries @ keys.repeat_interleave(shared, 1).mT * formula.scale
-    hidden = torch.ones(scores.shape[-2:]).triu(1 + scores.shape[-1] - scores.shape[-2]).bool()
-    factors = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    y = factors @ values.repeat_interleave(shared, 1)
-    return y.transpose(1, 2).reshape(*q.shape)
+    try:
+        answer = other(
+            trial.x,
+            position_embeddings=(trial.cos, trial.sin),
+            attention_mask=None,
+            past_key_values=cache,
+        )
+    except UNTRACEABLE:
+        return False
+    expected = trial.expected(formula)
+    given = {name: child.x for name, child in children.items() if isinstance(child, _Given)}
+    y = given.pop(formula.output)
+    return (
+        isinstance(answer, tuple)
+        and len(answer) == 2
+        and answer[0] is y
+        and answer[1] is None
+        and all(x is trial.x for x in given.values())
+        and (cache is None or cache.layer == formula.layer)
+        and y.shape == expected.shape
+        and torch.allclose(y, expected, rtol=0, atol=tolerance)
+    )

@@ -51,13 +51,15 @@ class AttentionFormula:
     """y = output(softmax(scale * Q K^T) V) of each head, each token seeing those up to its own, Q
     and K rotated by their positions. Vaswani et al. 2017, equation 1; Su et al. 2021, equation 34.
 
-    queries, keys, values, output: names of children. layer: its number in a cache.
+    queries, keys, values, output: names of children. norms: those of each head's queries and keys,
+    or none. layer: its number in a cache.
     """
 
     queries: str
     keys: str
     values: str
     output: str
+    norms: tuple[str, ...]
     head_dim: int
     scale: float
     layer: int
@@ -221,6 +223,8 @@ class FusedAttention(FusedModule):
             self._child(name)(x).contiguous().view(batch, tokens, -1, width)
             for name in (formula.queries, formula.keys, formula.values)
         )
+        if formula.norms:
+            q, k = (self._child(norm)(y) for norm, y in zip(formula.norms, (q, k), strict=True))
         if (
             not (q.dtype is k.dtype is v.dtype is x.dtype)
             or k.shape != v.shape
@@ -233,7 +237,9 @@ class FusedAttention(FusedModule):
             keys, values = (k.new_empty(batch, k.shape[2], tokens, width) for _ in range(2))
         else:
             keys, values = layer.keys, layer.values
-        q = native.rotate(q, k, v, cos.contiguous(), sin.contiguous(), keys, values)
+        q = native.rotate(
+            q.contiguous(), k.contiguous(), v, cos.contiguous(), sin.contiguous(), keys, values
+        )
         y = native.attend(q, keys, values, formula.scale)
         if y is None:
             y = nn.functional.scaled_dot_product_attention(
