@@ -5,7 +5,7 @@
 //
 // 32 tokens of a head at a time take KEYS_AT_ONCE keys after KEYS_AT_ONCE (Dao et al. 2022, algorithm 1).
 
-constexpr int64_t KEYS_AT_ONCE = 128;
+constexpr int64_t KEYS_AT_ONCE = 256;
 
 bool takes_tiles(const zp_attention& a) { return a.dtype == ZP_BF16 && a.width % 32 == 0; }
 
@@ -59,7 +59,7 @@ inline INLINE void multiply_square(float* c, int64_t c_bytes, bool first, const 
   unroll<4>([&](auto i) INLINE { first ? tile_zero<i>() : tile_load<i>(at(i), c_bytes); });
   for (int64_t s = 0; s < steps; s++, x += 64, y0 += y_step, y1 += y_step) {
     tile_load<4>(x, x_bytes), tile_load<5>(x + SIDE * x_bytes, x_bytes);
-    tile_load<6>(y0, 64), tile_load<7>(y1, 64);
+    tile_load_once<6>(y0, 64), tile_load_once<7>(y1, 64);
     tile_bfloat16<0, 4, 6>(), tile_bfloat16<1, 4, 7>(), tile_bfloat16<2, 5, 6>(), tile_bfloat16<3, 5, 7>();
   }
   unroll<4>([&](auto i) INLINE { tile_store<i>(at(i), c_bytes); });
@@ -83,6 +83,10 @@ inline INLINE F power_of_2(F v) {
   F p = set1(0x1.3a02b8p-7f);
   for (float c : CURVE) p = fma(p, r, set1(c));
   return mul(p, with_bits(bits_of(shifted) << 23));
+}
+
+inline INLINE void store_pair(uint16_t* p, F first, F second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
 // The block's scores, VECTORS of each row, become factors in bfloat16. Not its own are, unless all is SEEN, those of a
@@ -119,15 +123,19 @@ void take_scores(const zp_attention& a, const float* scores, int64_t seen, Rows3
       sum_of[i % 2] = add(sum_of[i % 2], v[i]);
     });
     sums[row] = sum(add(sum_of[0], sum_of[1]));
-    unroll<VECTORS / 2>([&](auto i) INLINE {
-      __m512i both = (__m512i)_mm512_cvtne2ps_pbh(v[2 * i + 1], v[2 * i]);
-      _mm512_storeu_si512(factors + row * KEYS_AT_ONCE + i * 2 * W, both);
-    });
+    unroll<VECTORS / 2>([&](auto i)
+                            INLINE { store_pair(factors + row * KEYS_AT_ONCE + i * PAIR, v[2 * i], v[2 * i + 1]); });
   }
   for (int64_t row = 0; row < PAIR; row += W) {
     store(rows.total + row, fma(load(rows.total + row), load(rows.before + row), load(sums + row)));
   }
 }
+
+using TakeScores = void (*)(const zp_attention&, const float*, int64_t, Rows32&, uint16_t*);
+constexpr TakeScores TAKE_SOME[KEYS_AT_ONCE / PAIR] = {
+    take_scores<2, false>,  take_scores<4, false>,  take_scores<6, false>,  take_scores<8, false>,
+    take_scores<10, false>, take_scores<12, false>, take_scores<14, false>, take_scores<16, false>,
+};
 
 void attend_block(const zp_attention& a, int64_t block, const uint8_t* arranged) {
   alignas(64) float scores[PAIR * KEYS_AT_ONCE], sums[PAIR * ZP_MOST_WIDTH];
@@ -154,11 +162,7 @@ void attend_block(const zp_attention& a, int64_t block, const uint8_t* arranged)
                       steps);
     }
     int64_t seen = past + begin + 1 - j;  // by the first row
-    auto take = seen >= KEYS_AT_ONCE ? take_scores<8, true>
-                : count == 128       ? take_scores<8, false>
-                : count == 96        ? take_scores<6, false>
-                : count == 64        ? take_scores<4, false>
-                                     : take_scores<2, false>;
+    auto take = seen >= KEYS_AT_ONCE ? take_scores<KEYS_AT_ONCE / W, true> : TAKE_SOME[count / PAIR - 1];
     take(a, scores, seen, rows, factors);
     for (int64_t row = 0; row < PAIR && j > 0; row++) {
       float* sum = sums + row * width;
@@ -173,10 +177,12 @@ void attend_block(const zp_attention& a, int64_t block, const uint8_t* arranged)
   tiles_end();
   int64_t sequence = head / a.heads;
   for (int64_t row = 0; row < tokens; row++) {
-    float* sum = sums + row * width;
-    for (int64_t d = 0; d < width; d += W) store(sum + d, div(load(sum + d), set1(rows.total[row])));
-    int64_t at = ((sequence * a.tokens + begin + row) * a.heads + head % a.heads) * width;
-    from_f32(sum, ZP_BF16, width, (uint16_t*)a.y + at);
+    const float* sum = sums + row * width;
+    auto* y = (uint16_t*)a.y + ((sequence * a.tokens + begin + row) * a.heads + head % a.heads) * width;
+    F factor = set1(1.0f / rows.total[row]);
+    for (int64_t d = 0; d < width; d += PAIR) {
+      store_pair(y + d, mul(load(sum + d), factor), mul(load(sum + d + W), factor));
+    }
   }
 }
 
