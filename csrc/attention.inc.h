@@ -44,7 +44,7 @@ static void rotate(const zp_rotation& r, int64_t begin, int64_t end) {
 
 // --- attention ---
 
-// A softmax over a row of scores that come in parts: the largest so far, and the sum of e^(score - highest).
+// A softmax over a row of scores that come in parts: the largest so far, and the sum of e^(score - largest).
 // Milakov and Gimelshein 2018, algorithm 3.
 struct Softmax {
   float largest = -__builtin_inff(), total = 0;

@@ -146,6 +146,41 @@ def test_a_model_that_is_a_norm_itself_is_left():
     assert zp.fuse(norm).norms == ()
 
 
+IDS = torch.arange(2, 18).view(2, 8)
+
+
+def _with_gptq(model):
+    zp.quantize(model, "int4", group_size=32)
+    zp.freeze(model, "gptq", data=[IDS])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        zp.rotate,
+        lambda model: zp.prune_heads(model, {0: [0, 1], 1: [2, 3]}),
+        lambda model: zp.head_importance(model, [{"input_ids": IDS, "labels": IDS}]),
+        _with_gptq,
+    ],
+    ids=["rotated", "pruned", "weighed", "gptq"],
+)
+def test_what_looks_into_a_model_does_not_notice(change):
+    model, fused = build("llama"), build("llama")
+    zp.fuse(fused)
+    result, expected = change(fused), change(model)
+    if hasattr(expected, "scores"):
+        torch.testing.assert_close(result.scores, expected.scores)
+    assert_same(outputs(fused), outputs(model))
+    zp.unfuse(fused)
+    for (name, found), before in zip(
+        fused.state_dict().items(), model.state_dict().values(), strict=True
+    ):
+        if found.is_floating_point():
+            assert_same(found, before)
+        else:
+            assert (found != before).float().mean() < 0.01, name  # codes on the edge
+
+
 # --- generating -----------------------------------------------------------------------------------
 
 PADDED = {

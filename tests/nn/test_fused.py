@@ -277,13 +277,19 @@ def test_attention_that_is_not_plain_is_the_float_modules(calls):
 def test_gradients_of_attention_are_those_of_the_float_module(calls):
     module, new = attention()
     inputs = tokens_at(0, 5, torch.float32)
-    grads = []
+    grads, projected = [], []
+    module.q_proj.register_forward_hook(lambda m, *_: projected.append(m))
     for m in (module, new):
         module.zero_grad()
         at = inputs["hidden_states"].clone().requires_grad_()
         m(**inputs | {"hidden_states": at})[0].square().sum().backward()
         grads.append([at.grad, *(p.grad.clone() for p in module.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and not calls
+    assert len(projected) == 2  # once each
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    assert_close(new(**inputs), module(**inputs))
+    assert calls == ["rotate", "attend"]
 
 
 def test_what_traces_a_model_sees_the_float_attention(calls):

@@ -15,6 +15,7 @@ from torch import nn
 
 from zeropoint.model.walk import named_modules
 from zeropoint.nn import QLinear, QModule, quantized_type
+from zeropoint.nn.fused import as_written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +103,10 @@ class Attention:
 def attentions(model: nn.Module) -> list[Attention]:
     """The attention modules of a model whose heads can be told apart, in tree order."""
     base = getattr(model, "base_model", model)
-    names_in_base = {m: n[0] for m, n in named_modules(base).items()}
+    names_in_base = {as_written(m): n[0] for m, n in named_modules(base).items()}
     found = []
-    for module, names in named_modules(model).items():
+    modules = {as_written(m): names for m, names in named_modules(model).items()}
+    for module, names in modules.items():
         for layout in LAYOUTS:
             projections = _projections(model, module, names[0], layout)
             if projections is not None:

@@ -103,6 +103,11 @@ class FusedModule(nn.Module):
         return child
 
 
+def as_written(module: nn.Module) -> nn.Module:
+    """The module itself, or the one it stands for."""
+    return module.original if isinstance(module, FusedModule) else module
+
+
 class FusedRMSNorm(FusedModule):
     """An RMS norm in one pass. x, y: (..., K) float; weight: (K,) float."""
 
@@ -192,6 +197,7 @@ class FusedAttention(FusedModule):
             and hidden_states.dim() == 3
             and hidden_states.numel() > 0
             and kwargs.keys() <= _IRRELEVANT
+            and not (torch.is_grad_enabled() and self._learns(hidden_states))
         ):
             y = self._attended(hidden_states, *position_embeddings, past_key_values)
             if y is not None:
@@ -204,6 +210,9 @@ class FusedAttention(FusedModule):
             **kwargs,
         )
         return answer
+
+    def _learns(self, x: Tensor) -> bool:
+        return x.requires_grad or any(p.requires_grad for p in self.parameters())
 
     def _attended(self, x: Tensor, cos: Tensor, sin: Tensor, cached: Any) -> Tensor | None:
         """What the output projection is given, (B, T, N); None where the float module has to."""
@@ -229,7 +238,6 @@ class FusedAttention(FusedModule):
             not (q.dtype is k.dtype is v.dtype is x.dtype)
             or k.shape != v.shape
             or q.shape[2] % k.shape[2] != 0
-            or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
             or (layer is not None and not cache.extend(layer, tokens, k))
         ):
             return None
