@@ -31,7 +31,8 @@ check: .venv/installed
 # What meets transformers' internals, under the oldest one that pyproject.toml allows.
 oldest: $(LIBRARY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/oldest $(OLDEST)
-	PYTHONPATH='$(CURDIR)/build/oldest' $(BIN)/python -m pytest tests/integrations tests/test_on_import.py
+	PYTHONPATH='$(CURDIR)/build/oldest' $(BIN)/python -m pytest tests/integrations tests/test_on_import.py \
+		tests/nn/test_cache.py tests/nn/test_fused.py tests/model/test_rotary.py tests/flows/test_fuse.py
 
 format: .venv/installed
 	$(BIN)/ruff format .

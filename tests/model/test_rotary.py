@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.granite.modeling_granite import GraniteAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralAttention
@@ -86,7 +85,6 @@ def test_quantized_projections_are_no_obstacle():
     "module",
     [
         lambda: attention(Olmo2Attention),  # norms of all heads together
-        lambda: attention(Gemma2Attention),  # a limit of the scores
         lambda: attention(OlmoAttention, clip_qkv=8.0),
         lambda: attention(SmolLM3Attention, layer=3),  # no rotary embedding
         lambda: attention(Phi3Attention),  # one projection of all three
