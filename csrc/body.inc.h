@@ -801,7 +801,7 @@ static void gemm(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
 
 #include "between.inc.h"
 
-// With what stands there.
+// Stays behind between.inc.h, whose types it reads and writes.
 #include "attention.inc.h"
 #include "encode.inc.h"
 
