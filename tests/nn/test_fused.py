@@ -274,6 +274,18 @@ def test_attention_that_is_not_plain_is_the_float_modules(calls):
     assert not calls
 
 
+@torch.inference_mode()
+def test_the_float_attention_drops_factors_while_it_trains_only():
+    module = attention()[0].train()
+    module.attention_dropout = 0.5
+    new = FusedAttention(module, attention_of(module))
+    mask = torch.ones(2, 1, 5, 5).tril().bool()
+    inputs = tokens_at(0, 5, torch.float32) | {"attention_mask": mask}
+    assert new.training and not torch.equal(new(**inputs)[0], new(**inputs)[0])
+    new.eval()
+    assert torch.equal(new(**inputs)[0], new(**inputs)[0])
+
+
 def test_gradients_of_attention_are_those_of_the_float_module(calls):
     module, new = attention()
     inputs = tokens_at(0, 5, torch.float32)

@@ -20,7 +20,7 @@ from zeropoint.model.attention import HEAD_DIM, LAYOUTS, linear_shape
 from zeropoint.model.formula import UNTRACEABLE
 from zeropoint.nn.fused import AttentionFormula
 
-_NORMS = {"q_norm", "k_norm"}  # of each head, where there are any
+_NORMS = ("q_norm", "k_norm")  # of each head, where there are any
 _BATCH, _TOKENS, _PAST = 2, 5, 4
 _SIZES = ((1.0, 1.0, 1.0), (1e3, 1e-3, 1e3), (1e-3, 1e3, 1e-3))  # of queries, keys and values
 _TOLERANCE = 1e-9  # float64 adds up errors of 1e-14
@@ -43,14 +43,16 @@ def attention_of(module: nn.Module) -> AttentionFormula | None:
     for layout in LAYOUTS:
         projections = {*layout.inputs, layout.output}
         others = children - projections
-        if layout.rows != "apart" or not projections <= children or others not in (set(), _NORMS):
+        if layout.rows != "apart" or not projections <= children:
+            continue
+        if others not in (set(), set(_NORMS)):
             continue
         formula = AttentionFormula(
             queries=layout.inputs[0],
             keys=layout.inputs[1],
             values=layout.inputs[2],
             output=layout.output,
-            norms=("q_norm", "k_norm") if others else (),
+            norms=_NORMS if others else (),
             head_dim=head_dim,
             scale=scale,
             layer=layer,
@@ -81,7 +83,6 @@ class _Times(nn.Module):
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[-1] == self.factor.numel()
         return x * self.factor
 
 

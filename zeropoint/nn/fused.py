@@ -202,7 +202,7 @@ class FusedAttention(FusedModule):
             y = self._attended(hidden_states, *position_embeddings, past_key_values)
             if y is not None:
                 return self._child(self.formula.output)(y), None
-        answer: tuple[Tensor, Tensor | None] = self._original[0].forward(
+        answer: tuple[Tensor, Tensor | None] = self.original.forward(
             hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
