@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t SIDE = 16;  // rows and columns of a tile
 constexpr int64_t TILE_BYTES = 1024;
 constexpr int64_t PAIR = 2 * SIDE;       // two by two tiles of sums at a time: a square
-constexpr int64_t ROWS = 256;            // of a panel of many tokens, and
+constexpr int64_t ROWS = 288;            // of a panel of many tokens, at most, and
 constexpr int64_t TOKENS_AT_HAND = 512;  // tokens whose sums are kept with it in the second-level cache
 
 // What is multiplied: bytes, or bfloat16, so many for a token's value by so many for a weight's.
@@ -93,6 +93,12 @@ int64_t pass_steps(const Job& j, Tiles t) {
 int64_t panel_stride(const Job& j, Tiles t) { return (pass_steps(j, t) * weight_parts(t) / 2 * 2 + 1) * 64; }
 
 int64_t panel_rows(const Job& j) { return has_few_tokens(j) ? PAIR : ROWS; }
+
+// Squares of sums that a panel keeps from pass to pass; of a single pass each square is put at once.
+int64_t squares_kept(const Job& j, Tiles t, int64_t squares) {
+  constexpr int64_t MOST_UNITS = TOKENS_AT_HAND / PAIR;
+  return pass_steps(j, t) == steps(j, t) ? 1 : squares * (units(j) < MOST_UNITS ? units(j) : MOST_UNITS);
+}
 
 // prepared: [pass][unit of 32 tokens][step][part][2 tiles][16 words of K][16 tokens] words; then of int8 activations
 // [m] x_scale and [m] x_sum.
@@ -336,7 +342,7 @@ inline INLINE void unpack_row(const Job& j, int64_t row, int64_t k0, int64_t k1,
 }
 
 // Rows [n0, n1), at most panel_rows, times tokens from unit u0 up to u1. scratch: the panel, sums [unit][rows / 32] of
-// squares.
+// squares, or of one.
 template <Tiles KIND>
 void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1, uint8_t* scratch) {
   const zp_format& f = *j.format;
@@ -358,7 +364,7 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
     for (int64_t u = u0; u < u1; u++) {
       const uint8_t* x = arranged(j, KIND, u, s0);
       for (int64_t i = 0; i < squares; i++) {
-        float* square = sums + ((u - u0) * squares + i) * PAIR * PAIR;
+        float* square = sums + (pass < count ? (u - u0) * squares + i : 0) * PAIR * PAIR;
         const uint8_t* a = panel + i * PAIR * row_bytes;
         const uint8_t* next = x + part * token_step(KIND) + i * part * lines * 64;
         if (j.m - u * PAIR > SIDE) {
@@ -412,16 +418,19 @@ void prepare_amx(const Job& j, int64_t unit) {
 
 int64_t rows_amx(const Job& j, int32_t threads) {
   if (tiles(j) == Tiles::none) return rows(j, threads);
-  int64_t share = round_up((j.format->n + 4 * threads - 1) / (4 * threads), PAIR);
-  return share > ROWS ? ROWS : share;
+  if (has_few_tokens(j)) {
+    int64_t share = round_up((j.format->n + 4 * threads - 1) / (4 * threads), PAIR);
+    return share > ROWS ? ROWS : share;
+  }
+  int64_t share = (j.format->n + threads - 1) / threads, panels = (share + ROWS - 1) / ROWS;
+  return round_up((share + panels - 1) / panels, PAIR);  // of even size: every one reads all tokens
 }
 
 size_t scratch_bytes_amx(const Job& j, int64_t rows) {
   Tiles t = tiles(j);
   if (t == Tiles::none) return scratch_bytes512(j, rows);
   int64_t squares = ((rows < panel_rows(j) ? rows : panel_rows(j)) + PAIR - 1) / PAIR;
-  int64_t tokens = units(j) * PAIR < TOKENS_AT_HAND ? units(j) * PAIR : TOKENS_AT_HAND;
-  return squares * PAIR * (panel_stride(j, t) + tokens * 4);
+  return squares * PAIR * panel_stride(j, t) + squares_kept(j, t, squares) * PAIR * PAIR * 4;
 }
 
 void multiply_amx(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
