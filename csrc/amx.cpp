@@ -418,12 +418,9 @@ void prepare_amx(const Job& j, int64_t unit) {
 
 int64_t rows_amx(const Job& j, int32_t threads) {
   if (tiles(j) == Tiles::none) return rows(j, threads);
-  if (has_few_tokens(j)) {
-    int64_t share = round_up((j.format->n + 4 * threads - 1) / (4 * threads), PAIR);
-    return share > ROWS ? ROWS : share;
-  }
-  int64_t share = (j.format->n + threads - 1) / threads, panels = (share + ROWS - 1) / ROWS;
-  return round_up((share + panels - 1) / panels, PAIR);  // of even size: every one reads all tokens
+  int64_t parts = has_few_tokens(j) ? 4 * threads : threads;  // a panel of many tokens reads all of them
+  int64_t share = (j.format->n + parts - 1) / parts, panels = (share + ROWS - 1) / ROWS;
+  return round_up((share + panels - 1) / panels, PAIR);
 }
 
 size_t scratch_bytes_amx(const Job& j, int64_t rows) {
