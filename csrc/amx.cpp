@@ -22,9 +22,9 @@ namespace {
 
 constexpr int64_t SIDE = 16;  // rows and columns of a tile
 constexpr int64_t TILE_BYTES = 1024;
-constexpr int64_t PAIR = 2 * SIDE;       // two by two tiles of sums at a time: a square
-constexpr int64_t ROWS = 288;            // of a panel of many tokens, at most, and
-constexpr int64_t TOKENS_AT_HAND = 512;  // tokens whose sums are kept with it in the second-level cache
+constexpr int64_t PAIR = 2 * SIDE;     // two by two tiles of sums at a time: a square
+constexpr int64_t ROWS = 288;          // of a panel of many tokens, at most, and
+constexpr int64_t UNITS_AT_HAND = 16;  // units of 32 tokens whose sums are kept with it in the second-level cache
 
 // What is multiplied: bytes, or bfloat16, so many for a token's value by so many for a weight's.
 enum class Tiles { none, bytes, one_by_one, one_by_two, two_by_one, two_by_two };
@@ -96,8 +96,7 @@ int64_t panel_rows(const Job& j) { return has_few_tokens(j) ? PAIR : ROWS; }
 
 // Squares of sums that a panel keeps from pass to pass; of a single pass each square is put at once.
 int64_t squares_kept(const Job& j, Tiles t, int64_t squares) {
-  constexpr int64_t MOST_UNITS = TOKENS_AT_HAND / PAIR;
-  return pass_steps(j, t) == steps(j, t) ? 1 : squares * (units(j) < MOST_UNITS ? units(j) : MOST_UNITS);
+  return pass_steps(j, t) == steps(j, t) ? 1 : squares * (units(j) < UNITS_AT_HAND ? units(j) : UNITS_AT_HAND);
 }
 
 // prepared: [pass][unit of 32 tokens][step][part][2 tiles][16 words of K][16 tokens] words; then of int8 activations
@@ -380,12 +379,12 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
 
 template <Tiles KIND>
 void multiply_tiled(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  constexpr int64_t SOME = TOKENS_AT_HAND / PAIR;
   int64_t all = units(j), rows = panel_rows(j);
   tiles_begin();
   for (int64_t n = n0; n < n1; n += rows) {
-    for (int64_t u = 0; u < all; u += SOME) {
-      multiply_panel<KIND>(j, n, n + rows < n1 ? n + rows : n1, u, u + SOME < all ? u + SOME : all, scratch);
+    for (int64_t u = 0; u < all; u += UNITS_AT_HAND) {
+      multiply_panel<KIND>(j, n, n + rows < n1 ? n + rows : n1, u, u + UNITS_AT_HAND < all ? u + UNITS_AT_HAND : all,
+                           scratch);
     }
   }
   tiles_end();
@@ -418,7 +417,7 @@ void prepare_amx(const Job& j, int64_t unit) {
 
 int64_t rows_amx(const Job& j, int32_t threads) {
   if (tiles(j) == Tiles::none) return rows(j, threads);
-  int64_t parts = has_few_tokens(j) ? 4 * threads : threads;  // a panel of many tokens reads all of them
+  int64_t parts = has_few_tokens(j) ? 4 * threads : threads;  // for each panel many tokens are read anew
   int64_t share = (j.format->n + parts - 1) / parts, panels = (share + ROWS - 1) / ROWS;
   return round_up((share + panels - 1) / panels, PAIR);
 }

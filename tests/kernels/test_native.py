@@ -533,7 +533,7 @@ def _multiply_an_empty_weight(step, shape):
     bias = torch.arange(float(shape[0]))
     spec = Spec(op="linear", scheme=weight.scheme, shape=shape, device="cpu")
     chosen = select.choose(spec).kernel
-    for x in (torch.ones(3, shape[1]), torch.ones(2, 3, shape[1])):
+    for x in (torch.ones(3, shape[1]), torch.ones(2, 3, shape[1]), torch.ones(200, shape[1])):
         step(f"x {tuple(x.shape)}")
         y = ops.linear(x, weight, bias, chosen)
         assert torch.equal(y, bias.expand(*x.shape[:-1], -1))
