@@ -109,10 +109,6 @@ uint8_t* arranged(const Job& j, Tiles t, int64_t unit, int64_t step) {
 
 float* token_scales(const Job& j, Tiles t) { return (float*)(j.prepared + units(j) * steps(j, t) * token_step(t)); }
 
-inline F load_i16(const int16_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
-}
-
 // 32 columns of a token from k on; those not among `columns` are 0.
 template <int PARTS>
 inline INLINE Words32<PARTS> token_words(const Job& j, int64_t m, int64_t k, __mmask32 columns) {
@@ -153,93 +149,148 @@ void prepare_floats(const Job& j, int64_t unit) {
   }
 }
 
+// 16 values of a token from k on; those not among `columns` are 0.
+inline INLINE F token_values(const Job& j, const uint8_t* row, int64_t k, __mmask16 columns) {
+  if (j.x_dtype == ZP_F32) return _mm512_maskz_loadu_ps(columns, (const float*)row + k);
+  __m256i words = _mm256_maskz_loadu_epi16(columns, (const uint16_t*)row + k);
+  return j.x_dtype == ZP_BF16 ? from_bf16(words) : _mm512_cvtph_ps(words);
+}
+
+__mmask16 columns_from(const Job& j, int64_t k) {
+  int64_t left = j.format->k - k;
+  return left >= W ? 0xffff : left > 0 ? lanes(left) : 0;
+}
+
+// 16 tokens that become integers; of those that are not there, zeros do.
+struct Sixteen {
+  const uint8_t* row[SIDE];
+  __mmask16 there[SIDE];  // all columns or none
+  float divisor[SIDE], inverse[SIDE];
+};
+
+// Their integers of a step, of values that `ratio`(token, value) has divided, as a tile. -> total, with the sums of
+// bytes.
+template <Tiles KIND, class Ratio>
+inline INLINE __m512i put_int8(const Job& j, const Sixteen& x, int64_t k, Ratio ratio, __m512i total, float* out) {
+  F words[SIDE];
+  unroll<SIDE>([&](auto t) INLINE {
+    auto values = [&](int64_t i) INLINE {
+      return ratio(t, token_values(j, x.row[t], k + i * W, columns_from(j, k + i * W) & x.there[t]));
+    };
+    if constexpr (KIND == Tiles::bytes) {
+      auto integers = [&](int64_t i) INLINE { return _mm512_cvtps_epi32(values(i)); };  // to nearest even
+      __m512i low = _mm512_packs_epi32(integers(0), integers(1)), high = _mm512_packs_epi32(integers(2), integers(3));
+      words[t] = _mm512_castsi512_ps(_mm512_packs_epi16(low, high));  // word 4 * a + b: columns 16 * b + 4 * a on
+    } else {
+      words[t] = (F)_mm512_cvtne2ps_pbh(round_even(values(1)), round_even(values(0)));
+    }
+  });
+  transpose(words);
+  unroll<SIDE>([&](auto w) INLINE {
+    store(out + (KIND == Tiles::bytes ? w % 4 * 4 + w / 4 : w) * SIDE, words[w]);
+    if constexpr (KIND == Tiles::bytes) {
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), _mm512_castps_si512(words[w]));
+    }
+  });
+  return total;
+}
+
 // int8 activations, as the bytes or the bfloat16 of a step.
 template <Tiles KIND>
 void prepare_int8(const Job& j, int64_t unit) {
-  constexpr int64_t COLUMNS = columns_of(KIND);
-  int64_t count = steps(j, KIND), padded = round_up(count * COLUMNS, 64);
-  float* x_scale = token_scales(j, KIND);
-  float* x_sum = x_scale + units(j) * PAIR;
-  float* x = (float*)__builtin_alloca(padded * 4);
-  int16_t* q = (int16_t*)__builtin_alloca(padded * 2);
-  float* scales = (float*)__builtin_alloca(j.blocks * 8);  // all the same
-  auto tile = [&](int64_t s, int64_t half) { return arranged(j, KIND, unit, s) + half * TILE_BYTES; };
-  for (int64_t t = 0; t < PAIR; t++) {  // a row of a tile each, and then tiles are turned around
-    int64_t m = unit * PAIR + t;
-    x_scale[m] = x_sum[m] = 0;
-    if (m < j.m) {
-      quantize_token(j, m, x, q, scales, scales + j.blocks);
-      x_scale[m] = scales[0], x_sum[m] = scales[j.blocks];
-    } else if (m == j.m) {
-      __builtin_memset(q, 0, padded * 2);
+  int64_t k = j.format->k, count = steps(j, KIND);
+  for (int64_t half = 0; half < 2; half++) {
+    int64_t first = unit * PAIR + half * SIDE;
+    float* x_scale = token_scales(j, KIND) + first;
+    Sixteen x;
+    bool quotients = true;
+    for (int64_t t = 0; t < SIDE; t++) {
+      bool there = first + t < j.m;
+      x.row[t] = x_row(j, there ? first + t : 0), x.there[t] = there ? 0xffff : 0;
+      F top[2] = {zero(), zero()};
+      for (int64_t i = 0; i < k; i += 2 * W) {
+        unroll<2>([&](auto h) INLINE {
+          __mmask16 columns = columns_from(j, i + h * W) & x.there[t];
+          top[h] = abs_max(top[h], token_values(j, x.row[t], i + h * W, columns));
+        });
+      }
+      const TokenScale token(largest(abs_max(top[0], top[1])), 127.0f, true);
+      x_scale[t] = token.scale, x.divisor[t] = token.divisor(), x.inverse[t] = token.inverse;
+      quotients = quotients && token.has_quotient();
     }
+    __m512i total = _mm512_setzero_si512();
     for (int64_t s = 0; s < count; s++) {
-      __m256i* out = (__m256i*)(tile(s, t / SIDE) + t % SIDE * 64);
-      if constexpr (KIND == Tiles::bytes) {
-        for (int64_t i = 0; i < 2; i++) out[i] = _mm512_cvtepi16_epi8(_mm512_loadu_si512(q + 64 * s + 32 * i));
+      float* out = (float*)(arranged(j, KIND, unit, s) + half * TILE_BYTES);
+      auto put = [&](auto ratio) INLINE { total = put_int8<KIND>(j, x, s * columns_of(KIND), ratio, total, out); };
+      if (quotients) {
+        put([&](int64_t t, F v)
+                INLINE { return quotient(v, set1(x.divisor[t]), set1(-x.divisor[t]), set1(x.inverse[t])); });
       } else {
-        F low = load_i16(q + 32 * s), high = load_i16(q + 32 * s + W);
-        _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        put([&](int64_t t, F v) INLINE { return div(v, set1(x.divisor[t])); });
       }
     }
-  }
-  for (int64_t i = 0; i < 2 * count; i++) {
-    float* words = (float*)tile(i / 2, i % 2);
-    F square[SIDE];
-    unroll<SIDE>([&](auto t) INLINE { square[t] = load(words + t * SIDE); });
-    transpose(square);
-    unroll<SIDE>([&](auto t) INLINE { store(words + t * SIDE, square[t]); });
+    store(x_scale + units(j) * PAIR, mul(load(x_scale), _mm512_cvtepi32_ps(total)));
   }
 }
 
-// sums (32 rows, 32 tokens) = or += rows (32, row_step bytes a step) * x; MANY: more than 16 tokens. Of `next`, `lines`
-// of 64 bytes are fetched in each step, and the sums behind these.
+constexpr int64_t SQUARE_STRIDE = PAIR * 4;
+
+// Where tile 0, 1, 2 or 3 of sums lies in a square of them: 32 rows of 32 tokens.
+inline uint8_t* quarter(float* square, int64_t tile) {
+  return (uint8_t*)square + tile / 2 * SIDE * SQUARE_STRIDE + tile % 2 * 64;
+}
+
+inline INLINE void store_sums(float* square) {
+  unroll<4>([&](auto i) INLINE { tile_store<i>(quarter(square, i), SQUARE_STRIDE); });
+}
+
+// The square's sums, or those of the first pass, zeros, += rows (32, row_step bytes a step) * x, in tiles, where they
+// stay. Those of the square before, if any, are stored one by one as their tiles are wanted, so that products go on
+// meanwhile. MANY: more than 16 tokens. Of `next`, `lines` of 64 bytes are fetched in each step, and the sums behind
+// these.
 template <Tiles KIND, bool MANY>
 __attribute__((noinline)) void multiply_tiles(const uint8_t* rows, int64_t row_bytes, const uint8_t* x, int64_t count,
-                                              bool first, float* sums, const uint8_t* next, int64_t lines) {
-  constexpr int64_t STRIDE = PAIR * 4;
-  uint8_t* c = (uint8_t*)sums;
-  auto dot = [](auto acc, auto a, auto b) INLINE {
+                                              bool first, float* square, float* before, const uint8_t* next,
+                                              int64_t lines) {
+  const uint8_t* ahead = (const uint8_t*)(square + PAIR * PAIR);
+  auto dot = [](auto c) INLINE {
+    constexpr int A = 4 + c / 2, B = 6 + c % 2;
+    if constexpr (!MANY && c % 2 == 1) return;
     if constexpr (KIND == Tiles::bytes) {
-      tile_bytes<acc, a, b>();
+      tile_bytes<c, A, B>();
     } else {
-      tile_bfloat16<acc, a, b>();
+      tile_bfloat16<c, A, B>();
     }
   };
-  auto dots = [&]() INLINE {
-    dot(Index<0>(), Index<4>(), Index<6>());
-    if constexpr (MANY) dot(Index<1>(), Index<4>(), Index<7>());
-    dot(Index<2>(), Index<5>(), Index<6>());
-    if constexpr (MANY) dot(Index<3>(), Index<5>(), Index<7>());
+  auto turn = [&](auto c) INLINE {
+    if (before) tile_store<c>(quarter(before, c), SQUARE_STRIDE);
+    if constexpr (!MANY && c % 2 == 1) return;
+    first ? tile_zero<c>() : tile_load<c>(quarter(square, c), SQUARE_STRIDE);
+    dot(c);
   };
-  unroll<4>([&](auto i) INLINE {
-    if constexpr (!MANY && i % 2 == 1) return;
-    first ? tile_zero<i>() : tile_load<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
-  });
-  for (int64_t s = 0; s < count; s++, rows += row_step(KIND), x += token_step(KIND)) {
+  auto step = [&](auto turn_or_dot) INLINE {
     constexpr int64_t LAST = row_step(KIND) - 64, AHEAD = token_parts(KIND) == 2 ? 7 : 3;
     for (int64_t i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    if (!first) unroll<AHEAD>([&](auto i) INLINE { __builtin_prefetch(c + PAIR * STRIDE + 64 * (AHEAD * s + i), 1); });
+    if (!first) unroll<AHEAD>([&](auto) INLINE { __builtin_prefetch(ahead, 1), ahead += 64; });
     tile_load<6>(x, 64);  // all loads first: where they and products take turns, the fewer turns the better
     tile_load_once<4>(rows + LAST, row_bytes);
     if constexpr (MANY) tile_load<7>(x + TILE_BYTES, 64);
     tile_load_once<5>(rows + SIDE * row_bytes + LAST, row_bytes);
-    dots();
+    unroll<4>(turn_or_dot);
     if constexpr (LAST != 0) {  // the first part of the weights
       tile_load_once<4>(rows, row_bytes);
       tile_load_once<5>(rows + SIDE * row_bytes, row_bytes);
-      dots();
+      unroll<4>(dot);
     }
     if constexpr (token_parts(KIND) == 2) {  // the second part of the tokens
       tile_load<6>(x + 2 * TILE_BYTES, 64);
       if constexpr (MANY) tile_load<7>(x + 3 * TILE_BYTES, 64);
-      dots();
+      unroll<4>(dot);
     }
-  }
-  unroll<4>([&](auto i) INLINE {
-    if constexpr (!MANY && i % 2 == 1) return;
-    tile_store<i>(c + i / 2 * SIDE * STRIDE + i % 2 * 64, STRIDE);
-  });
+    rows += row_step(KIND), x += token_step(KIND);
+  };
+  step(turn);
+  for (int64_t s = 1; s < count; s++) step(dot);
 }
 
 // What outputs of rows [n0, n1), a panel, need once their sums are complete, filled up to whole squares.
@@ -353,6 +404,14 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
   Ahead ahead;
   if (pass < count) ahead.far = ahead.near = 4 * j.row_bytes;               // the same columns of a later row
   int64_t lines = has_few_tokens(j) ? 0 : token_step(KIND) / 64 / squares;  // of the next unit, fetched in a step
+  struct {
+    float* sums;
+    bool complete;
+    int64_t m, row;
+  } before = {};  // whose sums are in tiles
+  auto put = [&](const auto& square) {
+    if (square.complete) put_square<KIND>(j, epilogue, square.sums, square.m, square.row);
+  };
   for (int64_t s0 = 0; s0 < count; s0 += pass) {
     int64_t part = count - s0 < pass ? count - s0 : pass, k0 = s0 * columns_of(KIND);
     int64_t k1 = f.k < k0 + part * columns_of(KIND) ? f.k : k0 + part * columns_of(KIND);
@@ -367,14 +426,17 @@ void multiply_panel(const Job& j, int64_t n0, int64_t n1, int64_t u0, int64_t u1
         const uint8_t* a = panel + i * PAIR * row_bytes;
         const uint8_t* next = x + part * token_step(KIND) + i * part * lines * 64;
         if (j.m - u * PAIR > SIDE) {
-          multiply_tiles<KIND, true>(a, row_bytes, x, part, s0 == 0, square, next, lines);
+          multiply_tiles<KIND, true>(a, row_bytes, x, part, s0 == 0, square, before.sums, next, lines);
         } else {
-          multiply_tiles<KIND, false>(a, row_bytes, x, part, s0 == 0, square, next, lines);
+          multiply_tiles<KIND, false>(a, row_bytes, x, part, s0 == 0, square, before.sums, next, lines);
         }
-        if (s0 + part == count) put_square<KIND>(j, epilogue, square, u * PAIR, i * PAIR);
+        put(before);
+        before = {square, s0 + part == count, u * PAIR, i * PAIR};
       }
     }
   }
+  if (before.sums) store_sums(before.sums);
+  put(before);
 }
 
 template <Tiles KIND>

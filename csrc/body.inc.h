@@ -263,6 +263,20 @@ static inline float magnitude(const float* x, int64_t begin, int64_t end) {
   return largest(abs_max(top[0], top[1]));
 }
 
+// How values whose largest magnitude is `amax` become integers up to `limit`.
+struct TokenScale {
+  float scale, inverse;
+  TokenScale() = default;
+  TokenScale(float amax, float limit, bool bytes) {
+    scale = amax / limit;
+    if (!bytes && amax > 0 && scale < 0x1p-126f) scale = 0x1p-126f;  // whose inverse is a number
+    inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    if (amax - amax != 0) scale = __builtin_nanf("");  // Inf or NaN in, NaN out
+  }
+  float divisor() const { return scale > 0 ? scale : 1.0f; }
+  bool has_quotient() const { return scale == 0 || (scale > 0x1p-60f && scale < 0x1p60f); }
+};
+
 // One token: q (blocks * block values, zero past k), x_scale and x_scale * sum(q) of each block.
 static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float* x_scale, float* x_sum) {
   int64_t k = j.format->k, padded = round_up(k, 64);
@@ -274,11 +288,8 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
   for (int64_t b = 0; b < j.blocks; b++) {
     int64_t begin = b * j.block, end = begin + j.block < padded ? begin + j.block : padded;
     float amax = bytes ? whole : magnitude(x, begin, end);
-    float scale = amax / limit;
-    if (!bytes && amax > 0 && scale < 0x1p-126f) scale = 0x1p-126f;  // whose inverse is a number
-    float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    if (amax - amax != 0) scale = __builtin_nanf("");  // Inf or NaN in, NaN out
-    F factor = set1(inverse), divisor = set1(scale > 0 ? scale : 1.0f), minus_divisor = sub(zero(), divisor);
+    TokenScale token(amax, limit, bytes);
+    F factor = set1(token.inverse), divisor = set1(token.divisor()), minus_divisor = sub(zero(), divisor);
     F total[2] = {zero(), zero()};
     auto round_all = [&](auto ratio) INLINE {
       for (int64_t i = begin; i < end; i += 2 * W) {
@@ -291,13 +302,13 @@ static void quantize_token(const Job& j, int64_t m, float* x, int16_t* q, float*
     };
     if (!bytes) {
       round_all([&](F v) INLINE { return mul(v, factor); });
-    } else if (scale > 0x1p-60f && scale < 0x1p60f) {
+    } else if (token.has_quotient()) {
       round_all([&](F v) INLINE { return quotient(v, divisor, minus_divisor, factor); });
     } else {
       round_all([&](F v) INLINE { return div(v, divisor); });
     }
-    x_scale[b] = scale;
-    x_sum[b] = scale * sum(add(total[0], total[1]));
+    x_scale[b] = token.scale;
+    x_sum[b] = token.scale * sum(add(total[0], total[1]));
   }
 }
 
