@@ -469,7 +469,7 @@ double peak512(int32_t what, int64_t repeats) {
   if (what == ZP_PEAK_FLOAT32) return peak_float(repeats);
   if (what != ZP_PEAK_BYTES) return 0;
   constexpr int CHAINS = 12;
-  __m512i acc[CHAINS] = {}, a = _mm512_set1_epi8(1), b = _mm512_set1_epi32((int)peak_sink);
+  __m512i acc[CHAINS] = {}, a = _mm512_set1_epi8(1), b = _mm512_set1_epi32(0x01020304 + (int)peak_sink);
   for (int64_t i = 0; i < repeats; i++) {
     unroll<CHAINS>([&](auto c) INLINE { acc[c] = dot_bytes(acc[c], a, b); });
   }

@@ -155,7 +155,7 @@ void multiply_pairs(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
 double peak_pairs(int32_t what, int64_t repeats) {
   if (what != ZP_PEAK_BFLOAT16) return peak512(what, repeats);
   constexpr int CHAINS = 12;
-  F acc[CHAINS], a = set1(peak_sink);
+  F acc[CHAINS], a = _mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80 + (int)peak_sink));
   unroll<CHAINS>([&](auto c) INLINE { acc[c] = set1((float)c); });
   for (int64_t i = 0; i < repeats; i++) unroll<CHAINS>([&](auto c) INLINE { acc[c] = Pairs::mac(a, a, acc[c]); });
   unroll<CHAINS - 1>([&](auto c) INLINE { acc[0] = add(acc[0], acc[c + 1]); });
