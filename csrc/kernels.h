@@ -66,7 +66,7 @@ struct Isa {
   void (*attend)(const zp_attention&, int64_t begin, int64_t end);
   const ManyTokens* many_tokens;
   int64_t (*read)(const uint8_t* data, int64_t bytes);  // the sum of its words, so that it must be read
-  double (*peak)(int32_t what, int64_t repeats);        // operations done in registers: what no kernel can exceed
+  double (*peak)(int32_t what, int64_t repeats);        // operations on numbers at hand: what no kernel can exceed
 };
 
 enum { ZP_PEAK_FLOAT32, ZP_PEAK_BYTES, ZP_PEAK_BFLOAT16 };  // multiply-adds count as two operations

@@ -147,7 +147,8 @@ ZP_API int32_t zp_isa_in_use(void);
 
 // For benchmarks: the rates that no kernel can exceed, measured by the same threads.
 ZP_API int64_t zp_read_bytes(const void* data, int64_t size, int32_t threads);  // sum of words, so it must read
-// Operations done by `repeats` rounds on every thread, in registers only; 0 where the set has no such instruction.
+// Operations done by `repeats` rounds on every thread, on numbers in registers, of tiles also the loads that each needs
+// from the first-level cache; 0 where the set has no such instruction.
 // what: 0 float32 multiply-add, 1 byte dot product, 2 bfloat16 matrix tiles.
 ZP_API double zp_peak_operations(int32_t what, int64_t repeats, int32_t threads);
 ZP_API int32_t zp_version(void);
