@@ -6,13 +6,13 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from _common import Figure, seconds_of, summary, take_turns
+from _common import Figure, seconds_of, speedup, summary, take_turns
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
@@ -179,6 +179,18 @@ def operations(what: int, repeats: int, threads: int) -> float:
     return done
 
 
+def peaks(plan: Plan, threads: int) -> dict[str, tuple[float, Callable[[], float]]]:
+    """Of each kind that there are units for: so many operations, and the seconds that they take."""
+    found = {}
+    for what, name in enumerate(CEILINGS):
+        if operations(what, 1, 1):
+            trial = seconds_of(partial(operations, what, 100_000, 1), plan.clock)
+            repeats = int(100_000 * PEAK_SECONDS / trial)
+            work = partial(operations, what, repeats, threads)
+            found[name] = (work(), partial(seconds_of, work, plan.clock))
+    return found
+
+
 def ceilings(plan: Plan, rates: Rates) -> list[Figure]:
     """Fills `rates`."""
     figures = []
@@ -186,14 +198,9 @@ def ceilings(plan: Plan, rates: Rates) -> list[Figure]:
         torch.set_num_threads(threads)
         turns = readers(plan, threads)
         amounts: dict[str, float] = dict.fromkeys(turns, plan.cold_bytes)
-        for what, name in enumerate(CEILINGS):
-            rates[name, threads] = 0.0
-            if operations(what, 1, 1):
-                trial = seconds_of(partial(operations, what, 100_000, 1), plan.clock)
-                repeats = int(100_000 * PEAK_SECONDS / trial)
-                amounts[name] = operations(what, repeats, threads)
-                work = partial(operations, what, repeats, threads)
-                turns[name] = partial(seconds_of, work, plan.clock)
+        rates |= {(name, threads): 0.0 for name in CEILINGS}
+        for name, (amount, turn) in peaks(plan, threads).items():
+            amounts[name], turns[name] = amount, turn
         for name, samples in take_turns(turns, plan.rounds).items():
             rate = amounts[name] / statistics.median(samples)
             rates[name, threads] = rate
@@ -209,11 +216,17 @@ def ceilings(plan: Plan, rates: Rates) -> list[Figure]:
     return figures
 
 
-def shares(seconds: float, m: int, plan: Plan, rates: Rates, threads: int) -> Figure:
-    """GFLOP/s of a linear layer, and what part of each ceiling that is (None: no such units)."""
-    rate = 2 * m * plan.side * plan.side / seconds
-    row: Figure = {"gflops": rate / 1e9}
-    for name in CEILINGS:
-        peak = rates[name, threads]
-        row[f"share_of_{name}"] = rate / peak if peak else None
+def shares(
+    done: float, name: str, samples: Mapping[str, Sequence[float]], amounts: Mapping[str, float]
+) -> Figure:
+    """GFLOP/s of a side that does so many operations, and what part of each ceiling that is, which
+    took turns with it and does `amounts` (None: no such units).
+    """
+    row: Figure = {"gflops": done / statistics.median(samples[name]) / 1e9}
+    for ceiling in CEILINGS:
+        row[f"share_of_{ceiling}"] = (
+            done / amounts[ceiling] * speedup(samples[name], samples[ceiling])
+            if ceiling in amounts
+            else None
+        )
     return row

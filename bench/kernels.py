@@ -64,6 +64,7 @@ from _sides import (
     count_for,
     noise,
     our_calls,
+    peaks,
     quantized,
     reader,
     readers,
@@ -203,6 +204,11 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
             name: partial(walk, calls[:used], inputs[name], plan.clock)
             for name, calls in sides.items()
         }
+        units = peaks(
+            plan, threads
+        )  # the machine may change between two sections, less so in a round
+        turns |= {name: turn for name, (_, turn) in units.items()}
+        amounts = {name: amount for name, (amount, _) in units.items()}
         samples = take_turns(turns, plan.rounds if m <= FEW_TOKENS else plan.few_rounds)
         for name in sides:
             seconds = summary(samples[name])
@@ -215,7 +221,7 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
                     "seconds": seconds,
                     "bytes": nbytes[name],
                     "gb_s": nbytes[name] / seconds["median"] / 1e9,
-                    **shares(seconds["median"], m, plan, rates, threads),
+                    **shares(2 * m * plan.side**2, name, samples, amounts),
                     "speedup_over_bfloat16": speedup(samples[name], samples["torch bfloat16"]),
                     "speedup_over_float32": speedup(samples[name], samples["torch float32"]),
                 }
