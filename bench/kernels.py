@@ -188,6 +188,8 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
     }
     nbytes = {name: w.nbytes for name, w in weights.items()}
     nbytes |= {name: dtype.itemsize * plan.side**2 for name, dtype in dense.items()}
+    units = peaks(plan, threads)  # the machine may change between sections, less so in a round
+    amounts = {name: amount for name, (amount, _) in units.items()}
     figures = []
     for m in plan.tokens:
         progress(f"shapes: M={m}")
@@ -204,11 +206,7 @@ def shapes(plan: Plan, rates: Rates) -> list[Figure]:
             name: partial(walk, calls[:used], inputs[name], plan.clock)
             for name, calls in sides.items()
         }
-        units = peaks(
-            plan, threads
-        )  # the machine may change between two sections, less so in a round
         turns |= {name: turn for name, (_, turn) in units.items()}
-        amounts = {name: amount for name, (amount, _) in units.items()}
         samples = take_turns(turns, plan.rounds if m <= FEW_TOKENS else plan.few_rounds)
         for name in sides:
             seconds = summary(samples[name])

@@ -266,7 +266,6 @@ static inline float magnitude(const float* x, int64_t begin, int64_t end) {
 // How values whose largest magnitude is `amax` become integers up to `limit`.
 struct TokenScale {
   float scale, inverse;
-  TokenScale() = default;
   TokenScale(float amax, float limit, bool bytes) {
     scale = amax / limit;
     if (!bytes && amax > 0 && scale < 0x1p-126f) scale = 0x1p-126f;  // whose inverse is a number
