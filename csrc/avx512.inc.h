@@ -439,7 +439,7 @@ inline void split_columns(const int16_t* q, uint32_t* out) {
 // --- the table ---
 
 // Below these, decoding every row again for four tokens at a time is cheaper than half-empty vectors of tokens.
-bool tile512(const Job& j) { return j.m >= (!is_integer(j) ? 32 : j.int8_activations ? 56 : 40); }
+bool tile512(const Job& j) { return j.m >= (is_integer(j) ? 16 : 32); }
 
 int64_t tokens512(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
 

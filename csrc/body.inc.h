@@ -867,17 +867,19 @@ static void prepare(const Job& j, int64_t unit) {
   prepare_float(j, unit);
 }
 
-// Enough weight for a thread to be worth calling, enough chunks for every thread to have work until the end.
-static int64_t rows(const Job& j, int32_t threads) {
+// Enough weight for a thread to be worth calling, enough chunks for every thread to have work until the end. tile: rows
+// whose sums stay in registers.
+static int64_t rows_in_tiles(const Job& j, int32_t threads, int64_t tile) {
   int64_t n = j.format->n, share = (n + threads - 1) / threads;
   if (j.tiled) {
-    int64_t most = 8 * TILE_N, least = TILE_N;
-    int64_t want = round_up((share + 3) / 4, TILE_N);
-    return want < least ? least : want > most ? most : want;
+    int64_t want = round_up((share + 3) / 4, tile);
+    return want < tile ? tile : want > 8 * tile ? 8 * tile : want;
   }
   int64_t enough = (64 << 10) / (j.row_bytes + 1) + 1, want = (share + 3) / 4;
   return want < enough ? (share < enough ? share : enough) : want > 8 * enough ? 8 * enough : want;
 }
+
+static int64_t rows(const Job& j, int32_t threads) { return rows_in_tiles(j, threads, TILE_N); }
 
 static size_t scratch_bytes(const Job& j, int64_t rows) {
   if (j.tiled) return rows * (DEPTH + round_up(j.m, TILE_M)) * 4;

@@ -288,6 +288,13 @@ const char* lacks_avx2() {
              : "this CPU has no AVX2 with FMA, F16C and BMI2";
 }
 
+const char* lacks_avx_vnni() {
+  if (const char* why = lacks_avx2()) return why;
+  unsigned a, b, c, d;
+  bool has = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+  return has ? nullptr : "this CPU has no AVX-VNNI";
+}
+
 const char* lacks_avx512() {
   __builtin_cpu_init();
   bool all = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -336,6 +343,9 @@ const Level levels[] = {
     {&scalar, lacks_nothing},
 #if defined(__x86_64__) && !defined(ZP_NO_AVX2)
     {&avx2, lacks_avx2},
+#endif
+#if defined(__x86_64__) && !defined(ZP_NO_AVX_VNNI)
+    {&avx_vnni, lacks_avx_vnni},
 #endif
 #if defined(__x86_64__) && !defined(ZP_NO_AVX512)
     {&avx512, lacks_avx512},

@@ -57,21 +57,25 @@ static void prepare_unit(const Job& j, int64_t unit) {
   }
 }
 
-// NR rows times NV vectors of words, all blocks of [k0, k1); sums (NR, TOKENS) are added to.
+// NR rows times NV vectors of words, all blocks of [k0, k1); sums (NR, TOKENS) are added to. The factors of a block lie
+// together: scale and minus_offset at [blocks][rows], x_scale and x_sum at [blocks][TOKENS].
 template <int NR, int P, int NV>
 static inline void integer_tile(const Code* panel, int64_t depth, const uint32_t* x, int64_t k0, int64_t k1,
                                 int64_t block, const float* x_scale, const float* x_sum, const float* scale,
-                                const float* offset, int64_t groups, int64_t group_size, float* sums) {
+                                const float* minus_offset, int64_t rows, float* sums) {
   constexpr int64_t T = TOKENS<P>;
-  constexpr int TV = NV / PLANES<P>;  // vectors of tokens
-  for (int64_t begin = k0; begin < k1; begin += block) {
-    int64_t end = begin + block < k1 ? begin + block : k1;
+  constexpr int TV = NV / PLANES<P>;        // vectors of tokens
+  constexpr int64_t WORDS = PLANES<P> * T;  // of a step
+  int64_t first = k0 / block;
+  x += k0 / STEP * WORDS;
+  x_scale += first * T, x_sum += first * T, scale += first * rows, minus_offset += first * rows;
+  for (int64_t k = k0; k < k1;) {
+    int64_t end = block < k1 - k ? k + block : k1;
     Ints acc[NR][NV];
     unroll<NR>([&](auto i) INLINE { unroll<NV>([&](auto v) INLINE { acc[i][v] = set1_ints(0); }); });
-    for (int64_t k = begin; k < end; k += STEP) {
-      const uint32_t* xk = x + k / STEP * PLANES<P> * T;
+    for (; k < end; k += STEP, x += WORDS) {
       Ints b[NV];
-      unroll<NV>([&](auto v) INLINE { b[v] = load_ints(xk + v / TV * T + v % TV * W); });
+      unroll<NV>([&](auto v) INLINE { b[v] = load_ints(x + v / TV * T + v % TV * W); });
       unroll<NR>([&](auto i) INLINE {
         int32_t some;
         __builtin_memcpy(&some, panel + i * depth + k, 4);
@@ -79,17 +83,17 @@ static inline void integer_tile(const Code* panel, int64_t depth, const uint32_t
         unroll<NV>([&](auto v) INLINE { acc[i][v] = dot_codes(acc[i][v], a, b[v]); });
       });
     }
-    int64_t at = begin / group_size, which = begin / block;
     unroll<TV>([&](auto v) INLINE {
-      F xs = load(x_scale + which * T + v * W), total = load(x_sum + which * T + v * W);
+      F xs = load(x_scale + v * W), total = load(x_sum + v * W);
       unroll<NR>([&](auto i) INLINE {
         Ints whole = acc[i][v];
         if constexpr (PLANES<P> == 2) whole = high_and_low(whole, acc[i][v + TV]);
-        F product = fma(set1(-offset[i * groups + at]), total, mul(to_floats(whole), xs));
+        F product = fma(set1(minus_offset[i]), total, mul(to_floats(whole), xs));
         float* to = sums + i * T + v * W;
-        store(to, fma(set1(scale[i * groups + at]), product, load(to)));
+        store(to, fma(set1(scale[i]), product, load(to)));
       });
     });
+    x_scale += T, x_sum += T, scale += rows, minus_offset += rows;
   }
 }
 
@@ -97,9 +101,9 @@ static constexpr int64_t STRETCH = 1024;  // columns of tokens kept in the first
 
 template <int P, int NV>
 static void integer_block(const Job& j, const Code* panel, int64_t rows, const uint32_t* x, const float* scale,
-                          const float* offset, float* sums) {
+                          const float* minus_offset, float* sums) {
   constexpr int64_t T = TOKENS<P>;
-  int64_t depth = gemm_depth(j), groups = j.format->k / j.format->group_size, size = j.format->group_size;
+  int64_t depth = gemm_depth(j);
   const float* x_scale = (const float*)x + depth / STEP * PLANES<P> * T;
   const float* x_sum = x_scale + j.blocks * T;
   int64_t stretch = j.block > STRETCH ? depth : STRETCH;
@@ -107,12 +111,12 @@ static void integer_block(const Job& j, const Code* panel, int64_t rows, const u
     int64_t k1 = k0 + stretch < depth ? k0 + stretch : depth;
     int64_t i = 0;
     for (; i + INT_N <= rows; i += INT_N) {
-      integer_tile<INT_N, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i * groups,
-                                 offset + i * groups, groups, size, sums + i * T);
+      integer_tile<INT_N, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i,
+                                 minus_offset + i, rows, sums + i * T);
     }
     for (; i < rows; i++) {
-      integer_tile<1, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i * groups,
-                             offset + i * groups, groups, size, sums + i * T);
+      integer_tile<1, P, NV>(panel + i * depth, depth, x, k0, k1, j.block, x_scale, x_sum, scale + i, minus_offset + i,
+                             rows, sums + i * T);
     }
   }
 }
@@ -122,29 +126,33 @@ static void integer_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch)
   constexpr int64_t T = TOKENS<P>;
   const zp_format& f = *j.format;
   const zp_weight w = weight_of(j);
-  int64_t rows = n1 - n0, depth = gemm_depth(j), groups = f.k / f.group_size;
+  int64_t rows = n1 - n0, depth = gemm_depth(j);
   Code* panel = (Code*)scratch;
   float* scale = (float*)(scratch + round_up(rows * depth * sizeof(Code) + 64, 64));
-  float* offset = scale + rows * groups;
-  float* sums = offset + rows * groups;
+  float* minus_offset = scale + rows * j.blocks;
+  float* sums = minus_offset + rows * j.blocks;
   uint8_t* line = (uint8_t*)__builtin_alloca(round_up(depth, 64) + 64);
   for (int64_t r = 0; r < rows; r++) {
-    unpack(w.packed + (n0 + r) * j.row_bytes, f.bits, f.k, line);
-    for (int64_t k = 0; k < f.k; k++) panel[r * depth + k] = line[k];
-    for (int64_t k = f.k; k < depth; k++) panel[r * depth + k] = 0;
-    for (int64_t g = 0; g < groups; g++) {
-      scale[r * groups + g] = scale_of(w, n0 + r, g);
-      offset[r * groups + g] = offset_of(w, n0 + r, g);
+    Code* to = panel + r * depth;
+    uint8_t* bytes = sizeof(Code) == 1 ? (uint8_t*)to : line;
+    unpack(w.packed + (n0 + r) * j.row_bytes, f.bits, f.k, bytes);
+    __builtin_memset(bytes + f.k, 0, depth - f.k);
+    for (int64_t k = 0; sizeof(Code) > 1 && k < depth; k++) to[k] = bytes[k];
+    for (int64_t b = 0; b < j.blocks; b++) {
+      int64_t group = b * j.block / f.group_size;
+      scale[b * rows + r] = scale_of(w, n0 + r, group);
+      minus_offset[b * rows + r] = -offset_of(w, n0 + r, group);
     }
   }
   for (int64_t m = 0; m < j.m; m += T) {
     const uint32_t* x = (const uint32_t*)(j.prepared + m / T * unit_bytes<P>(j));
     int64_t tokens = j.m - m < T ? j.m - m : T;
     for (int64_t i = 0; i < rows * T; i++) sums[i] = 0;
+    constexpr int HALF = INT_V / 2 < PLANES<P> ? INT_V : INT_V / 2;  // but at least a vector of tokens
     if (tokens <= T / 2) {
-      integer_block<P, INT_V / 2>(j, panel, rows, x, scale, offset, sums);
+      integer_block<P, HALF>(j, panel, rows, x, scale, minus_offset, sums);
     } else {
-      integer_block<P, INT_V>(j, panel, rows, x, scale, offset, sums);
+      integer_block<P, INT_V>(j, panel, rows, x, scale, minus_offset, sums);
     }
     put_transposed(j, sums, T, m, tokens, n0, rows);
   }
@@ -162,8 +170,7 @@ static void prepare_integer(const Job& j, int64_t unit) {
 }
 
 static size_t integer_scratch_bytes(const Job& j, int64_t rows) {
-  int64_t groups = j.format->k / j.format->group_size;
-  return rows * (gemm_depth(j) * sizeof(Code) + 8 * groups + 4 * TOKENS<1>)+256;
+  return rows * (gemm_depth(j) * sizeof(Code) + 8 * j.blocks + 4 * TOKENS<1>)+256;
 }
 
 static void multiply_integer(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {

@@ -71,6 +71,6 @@ struct Isa {
 
 enum { ZP_PEAK_FLOAT32, ZP_PEAK_BYTES, ZP_PEAK_BFLOAT16 };  // multiply-adds count as two operations
 
-extern const Isa scalar, avx2, avx512, avx512_bf16, amx;
+extern const Isa scalar, avx2, avx_vnni, avx512, avx512_bf16, amx;
 
 }  // namespace zp
