@@ -10,6 +10,7 @@ eager     what a QLinear of 64 x 64 costs beside an nn.Linear
 quantize  round to nearest: GB/s of float32 read
 busy      M = 1 while another process wants every core
 avx2      cold and shapes again, zeropoint and torch both held to AVX2
+avx_vnni  the same with AVX-VNNI, where the CPU has it
 
 Every answer is checked against the float64 oracle before it is timed. Sides take turns; a figure is
 the median over rounds, ratios are medians of the ratios of one round. Appends a JSON line a figure
@@ -83,11 +84,10 @@ from zeropoint.numerics import FORMATS, quantize
 from zeropoint.qtensor import QTensor
 from zeropoint.scheme import Scheme
 
-AVX2_ONLY = {
-    "ZEROPOINT_ISA": "avx2",
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
+TORCH_ON_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+HELD_TO = {
+    "avx2": TORCH_ON_AVX2 | {"ZEROPOINT_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx_vnni": TORCH_ON_AVX2 | {"ZEROPOINT_ISA": "avx_vnni", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
 }
 
 # --- cold weights, one token ---
@@ -410,16 +410,20 @@ def busy(plan: Plan, rates: Rates) -> list[Figure]:
     return figures
 
 
-# --- held to AVX2 ---
+# --- held to fewer instructions ---
 
 
-def avx2(plan: Plan, rates: Rates) -> list[Figure]:
+def held_to(isa: str, plan: Plan, rates: Rates) -> list[Figure]:
     """In a process of its own, which writes its own figures and tables: instruction sets are chosen
     once.
     """
+    reason = native.instruction_sets().get(isa, f"the library was built without {isa}")
+    if reason is not None:
+        print(f"{isa}: {reason}")
+        return []
     only = ["--only", "cold", "shapes", "--schemes", "int4", "int8", "nf4", "--tokens", "1", "512"]
     command = [sys.executable, __file__, *sys.argv[1:], *only]
-    subprocess.run(command, env=os.environ | AVX2_ONLY, check=True)
+    subprocess.run(command, env=os.environ | HELD_TO[isa], check=True)
     return []
 
 
@@ -431,7 +435,7 @@ SECTIONS: dict[str, Callable[[Plan, Rates], list[Figure]]] = {
     "eager": eager,
     "quantize": quantizing,
     "busy": busy,
-    "avx2": avx2,
+    **{isa: partial(held_to, isa) for isa in HELD_TO},
 }
 
 

@@ -500,6 +500,7 @@ struct Blocks {
   inline INLINE F zero_points(int64_t n, int64_t b) const {
     if (!has_zero_points) return zero();
     if (as_stored >= 0) return zero_points_at(zero_point, float_zero_points, n * stride + b, count - b, b > 0);
+    if (of_rows) return set1(read_zero_point(f, zero_point, n * stride));
     return of_groups(b, [&](int64_t group) { return read_zero_point(f, zero_point, n * stride + group); });
   }
 

@@ -125,7 +125,8 @@ template <int P>
 static void integer_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   constexpr int64_t T = TOKENS<P>;
   const zp_format& f = *j.format;
-  const zp_weight w = weight_of(j);
+  const Blocks blocks(j);
+  const F half = set1((float)(1 << (f.bits - 1)));
   int64_t rows = n1 - n0, depth = gemm_depth(j);
   Code* panel = (Code*)scratch;
   float* scale = (float*)(scratch + round_up(rows * depth * sizeof(Code) + 64, 64));
@@ -135,13 +136,16 @@ static void integer_rows(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch)
   for (int64_t r = 0; r < rows; r++) {
     Code* to = panel + r * depth;
     uint8_t* bytes = sizeof(Code) == 1 ? (uint8_t*)to : line;
-    unpack(w.packed + (n0 + r) * j.row_bytes, f.bits, f.k, bytes);
+    unpack(j.packed + (n0 + r) * j.row_bytes, f.bits, f.k, bytes);
     __builtin_memset(bytes + f.k, 0, depth - f.k);
     for (int64_t k = 0; sizeof(Code) > 1 && k < depth; k++) to[k] = bytes[k];
-    for (int64_t b = 0; b < j.blocks; b++) {
-      int64_t group = b * j.block / f.group_size;
-      scale[b * rows + r] = scale_of(w, n0 + r, group);
-      minus_offset[b * rows + r] = -offset_of(w, n0 + r, group);
+    for (int64_t b = 0; b < j.blocks; b += W) {
+      float factors[2][W];
+      store(factors[0], blocks.scales(n0 + r, b));
+      store(factors[1], sub(zero(), add(blocks.zero_points(n0 + r, b), half)));
+      for (int64_t i = 0; i < W && b + i < j.blocks; i++) {
+        scale[(b + i) * rows + r] = factors[0][i], minus_offset[(b + i) * rows + r] = factors[1][i];
+      }
     }
   }
   for (int64_t m = 0; m < j.m; m += T) {
