@@ -29,8 +29,13 @@ static_assert(DEPTH * Pairs::COLUMNS <= MOST, "decoded in one call");
 // A few tokens of float8 with one scale a row: bfloat16 holds the values exactly, and the sum takes the scale.
 bool used_at_once(const Job& j) { return j.m < 12 && is_float8(*j.format) && scaled_by_row(*j.format); }
 
+// Zen does it as fast as one float32 product, Golden Cove takes four times as long: less than integers or float32 do,
+// unless a row of bfloat16 is used as it lies.
+bool pairs_are_fast() { return __builtin_cpu_is("amd"); }
+
 bool in_pairs(const Job& j) {
   if (j.x_dtype != ZP_BF16 || j.int8_activations) return false;
+  if (!pairs_are_fast()) return !j.tiled && j.format->kind == ZP_BFLOAT16;
   return j.tiled || j.format->kind == ZP_BFLOAT16 || used_at_once(j) || (!is_integer(j) && j.m >= 3);
 }
 
@@ -125,7 +130,7 @@ void dot_pairs_rows(const Job& j, int64_t n0, int64_t n1, float* lines) {
 // --- the table ---
 
 bool tile_pairs(const Job& j) {
-  if (j.x_dtype != ZP_BF16 || j.int8_activations) return tile512(j);
+  if (j.x_dtype != ZP_BF16 || j.int8_activations || !pairs_are_fast()) return tile512(j);
   return j.m >= (is_float8(*j.format) ? 12 : 32);
 }
 
