@@ -176,9 +176,12 @@ def _refusal():
     raise AssertionError("nothing was refused")
 
 
-def _without_library():
-    """The kernel of a job, and the reason that is given for it not being the native one."""
-    os.environ.pop("ZEROPOINT_KERNEL", None)
+def _without_library(step, library):
+    """The kernel of a job where this is what is installed, and why it is not the native one."""
+    for name in ("ZEROPOINT_KERNEL", "ZEROPOINT_LIBRARY"):
+        os.environ.pop(name, None)
+    native.LIBRARY = library
+    native._load.cache_clear()
     weight, scheme = noise(8, 64), Scheme.of("int4")
     qweight = rtn(weight, scheme)
     assert_same(qweight, by_torch(weight, scheme))
@@ -191,8 +194,7 @@ def _without_library():
 
 def test_without_a_library_torch_does_the_work_and_the_reason_is_quoted(tmp_path):
     missing = tmp_path / "libzeropoint.so"
-    variables = {"ZEROPOINT_LIBRARY": str(missing), "ZEROPOINT_ISA": "avx2"}
-    kernel, reason = in_child(with_environment, variables, _without_library)
+    kernel, reason = in_child(_without_library, missing)
     assert kernel == "torch"
     assert reason.startswith(f"the native library was not built ({missing} is not there)")
 
@@ -200,9 +202,19 @@ def test_without_a_library_torch_does_the_work_and_the_reason_is_quoted(tmp_path
 def test_a_file_that_is_no_library_is_said_not_to_load(tmp_path):
     path = tmp_path / "libzeropoint.so"
     path.write_text("not a library")
-    variables = {"ZEROPOINT_LIBRARY": str(path)}
-    kernel, reason = in_child(with_environment, variables, _without_library)
+    kernel, reason = in_child(_without_library, path)
     assert kernel == "torch" and reason.startswith("the native library does not load: ")
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["no library", "missing"])
+def test_a_library_that_was_named_is_used_or_refused(tmp_path, there):
+    path = tmp_path / "libzeropoint.so"
+    if there:
+        path.write_text("not a library")
+    variables = {"ZEROPOINT_LIBRARY": str(path), "ZEROPOINT_ISA": ""}
+    name, message = in_child(with_environment, variables, _refusal)
+    assert name == "KernelError"
+    assert message.startswith(f"ZEROPOINT_LIBRARY={path}: the native library does not load: ")
 
 
 @pytest.mark.parametrize(
@@ -220,8 +232,7 @@ def test_a_library_that_is_not_ours_is_refused(tmp_path, source, message):
     path = tmp_path / "libzeropoint.so"
     (tmp_path / "other.c").write_text(source)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", path, tmp_path / "other.c"], check=True)
-    variables = {"ZEROPOINT_LIBRARY": str(path)}
-    kernel, reason = in_child(with_environment, variables, _without_library)
+    kernel, reason = in_child(_without_library, path)
     assert kernel == "torch" and reason.startswith(message.format(path))
 
 

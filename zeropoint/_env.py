@@ -19,6 +19,8 @@ def forced_isa() -> str | None:
 
 
 def library() -> Path | None:
-    """`ZEROPOINT_LIBRARY`: a native library to load instead of the installed one, or None."""
+    """`ZEROPOINT_LIBRARY`: the native library to load, which must work, or None for the installed
+    one.
+    """
     path = os.environ.get("ZEROPOINT_LIBRARY")
     return Path(path) if path else None

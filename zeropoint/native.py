@@ -77,11 +77,15 @@ class Format(ctypes.Structure):
 
 @cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    path = _env.library() or LIBRARY
-    if not path.is_file():
-        return f"the native library was not built ({path} is not there): no C++ compiler at install"
-    library, forced = _open(path), _env.forced_isa()
+    """The library, or why there is none; KernelError where one was named and cannot be used."""
+    named, forced = _env.library(), _env.forced_isa()
+    if named is None and not LIBRARY.is_file():
+        return (
+            f"the native library was not built ({LIBRARY} is not there): no C++ compiler at install"
+        )
+    library = _open(named or LIBRARY)
+    if named is not None and isinstance(library, str):
+        raise KernelError(f"ZEROPOINT_LIBRARY={named}: {library}")
     if forced is not None and not isinstance(library, str):
         _use_isa(library, forced)
     return library
