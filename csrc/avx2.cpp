@@ -9,7 +9,7 @@ namespace {
 
 inline __m256i dot_words(__m256i acc, __m256i a, __m256i b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 
-// Where the sum of two products of bytes, and of those of a chunk, cannot overflow 16 bits.
+// Where the sum of two products of bytes, and of those of a chunk, cannot overflow 16 bits: vpmaddubsw adds them there.
 constexpr bool as_bytes(int bits, int q_bytes) { return bits == 2 || (bits == 4 && q_bytes == 1); }
 
 template <int V, int Q>

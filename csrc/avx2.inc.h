@@ -261,6 +261,7 @@ inline F words_mac(const __m256i* words, const uint8_t* q) {
   return _mm256_cvtepi32_ps(sums);
 }
 
+// Codes and q as words, or both as bytes (as_bytes), q of two bytes as two planes then.
 template <int WIDTH, int Q>
 struct Integer {
   static constexpr int BITS = WIDTH;

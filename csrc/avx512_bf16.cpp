@@ -1,6 +1,6 @@
 // AVX512 with BF16 and VBMI (Zen 4 and later): bfloat16 tokens as pairs of columns, two products in one instruction,
-// for every format, but not for few tokens of an integer one; everything else as AVX512 does it. The scale is folded
-// into bfloat16 weights, as AMX does it.
+// on Zen for every format, but not for few tokens of an integer one; everything else as AVX512 does it. The scale is
+// folded into bfloat16 weights, as AMX does it.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -29,8 +29,8 @@ static_assert(DEPTH * Pairs::COLUMNS <= MOST, "decoded in one call");
 // A few tokens of float8 with one scale a row: bfloat16 holds the values exactly, and the sum takes the scale.
 bool used_at_once(const Job& j) { return j.m < 12 && is_float8(*j.format) && scaled_by_row(*j.format); }
 
-// Zen does it as fast as one float32 product, Golden Cove takes four times as long: less than integers or float32 do,
-// unless a row of bfloat16 is used as it lies.
+// Zen multiplies pairs as fast as single float32, Golden Cove takes four times as long: there integers and float32 are
+// faster, but for a row of bfloat16 that is used as it lies.
 bool pairs_are_fast() { return __builtin_cpu_is("amd"); }
 
 bool in_pairs(const Job& j) {

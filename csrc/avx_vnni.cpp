@@ -18,7 +18,7 @@ inline INLINE __m256i dot_codes(__m256i acc, __m256i codes, __m256i q) {
   return acc;
 }
 
-// What one shift and a mask unpack to bytes.
+// The widths that divide a byte; unpacking others makes words.
 constexpr bool as_bytes(int bits, int) { return bits == 2 || bits == 4 || bits == 8; }
 
 template <int V, int Q>
