@@ -461,17 +461,17 @@ void multiply_tiled(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
 
 // --- the table ---
 
-int64_t tokens_amx(const Job& j) { return tiles(j) == Tiles::none ? tokens512(j) : PAIR; }
+int64_t tokens_amx(const Job& j) { return tiles(j) == Tiles::none ? tokens_vector(j) : PAIR; }
 
 size_t prepared_bytes_amx(const Job& j) {
   Tiles t = tiles(j);
-  if (t == Tiles::none) return prepared_bytes512(j);
+  if (t == Tiles::none) return prepared_bytes_vector(j);
   return units(j) * steps(j, t) * token_step(t) + (j.int8_activations ? 2 * units(j) * PAIR * 4 : 0);
 }
 
 void prepare_amx(const Job& j, int64_t unit) {
   switch (tiles(j)) {
-    case Tiles::none: return prepare512(j, unit);
+    case Tiles::none: return prepare_vector(j, unit);
     case Tiles::bytes: return prepare_int8<Tiles::bytes>(j, unit);
     case Tiles::one_by_one:
       if (j.int8_activations) return prepare_int8<Tiles::one_by_one>(j, unit);
@@ -491,14 +491,14 @@ int64_t rows_amx(const Job& j, int32_t threads) {
 
 size_t scratch_bytes_amx(const Job& j, int64_t rows) {
   Tiles t = tiles(j);
-  if (t == Tiles::none) return scratch_bytes512(j, rows);
+  if (t == Tiles::none) return scratch_bytes_vector(j, rows);
   int64_t squares = ((rows < panel_rows(j) ? rows : panel_rows(j)) + PAIR - 1) / PAIR;
   return squares * PAIR * panel_stride(j, t) + squares_kept(j, t, squares) * PAIR * PAIR * 4;
 }
 
 void multiply_amx(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   switch (tiles(j)) {
-    case Tiles::none: return multiply512(j, n0, n1, scratch);
+    case Tiles::none: return multiply_vector(j, n0, n1, scratch);
     case Tiles::bytes: return multiply_tiled<Tiles::bytes>(j, n0, n1, scratch);
     case Tiles::one_by_one: return multiply_tiled<Tiles::one_by_one>(j, n0, n1, scratch);
     case Tiles::one_by_two: return multiply_tiled<Tiles::one_by_two>(j, n0, n1, scratch);

@@ -427,30 +427,4 @@ inline F to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 // Below these, decoding every row again for four tokens at a time is faster.
 bool tile2(const Job& j) { return j.m >= (is_integer(j) ? 16 : j.format->kind == ZP_CODEBOOK ? 40 : 12); }
 
-int64_t tokens2(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
-
-size_t prepared_bytes2(const Job& j) {
-  if (is_integer_gemm(j)) return integer_prepared_bytes(j);
-  return is_few_float8(j) ? few_float8_prepared_bytes(j) : prepared_bytes(j);
-}
-
-int64_t rows2(const Job& j, int32_t threads) { return rows_in_tiles(j, threads, is_integer_gemm(j) ? INT_N : TILE_N); }
-
-void prepare2(const Job& j, int64_t unit) {
-  if (is_integer_gemm(j)) return prepare_integer(j, unit);
-  if (is_few_float8(j)) return prepare_few_float8(j, unit);
-  prepare(j, unit);
-}
-
-size_t scratch_bytes2(const Job& j, int64_t rows) {
-  if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
-  return is_few_float8(j) ? 0 : scratch_bytes(j, rows);
-}
-
-void multiply2(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
-  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1);
-  multiply(j, n0, n1, scratch);
-}
-
 double peak(int32_t what, int64_t repeats) { return what == ZP_PEAK_FLOAT32 ? peak_float(repeats) : 0; }

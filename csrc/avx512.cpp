@@ -10,8 +10,22 @@ namespace {
 }  // namespace
 
 extern const Isa avx512;
-const Isa avx512 = {"avx512",    tile512, tokens512, prepared_bytes512, prepare512, rows,   scratch_bytes512,
-                    multiply512, decode,  encode,    normalize,         gate,       rotate, attend,
-                    nullptr,     read,    peak512};
+const Isa avx512 = {"avx512",
+                    tile512,
+                    tokens_vector,
+                    prepared_bytes_vector,
+                    prepare_vector,
+                    rows_vector,
+                    scratch_bytes_vector,
+                    multiply_vector,
+                    decode,
+                    encode,
+                    normalize,
+                    gate,
+                    rotate,
+                    attend,
+                    nullptr,
+                    read,
+                    peak512};
 
 }  // namespace zp

@@ -441,30 +441,6 @@ inline void split_columns(const int16_t* q, uint32_t* out) {
 // Below these, decoding every row again for four tokens at a time is cheaper than half-empty vectors of tokens.
 bool tile512(const Job& j) { return j.m >= (is_integer(j) ? 16 : 32); }
 
-int64_t tokens512(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
-
-size_t prepared_bytes512(const Job& j) {
-  if (is_integer_gemm(j)) return integer_prepared_bytes(j);
-  return is_few_float8(j) ? few_float8_prepared_bytes(j) : prepared_bytes(j);
-}
-
-void prepare512(const Job& j, int64_t unit) {
-  if (is_integer_gemm(j)) return prepare_integer(j, unit);
-  if (is_few_float8(j)) return prepare_few_float8(j, unit);
-  prepare(j, unit);
-}
-
-size_t scratch_bytes512(const Job& j, int64_t rows) {
-  if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
-  return is_few_float8(j) ? 0 : scratch_bytes(j, rows);
-}
-
-void multiply512(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
-  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1);
-  multiply(j, n0, n1, scratch);
-}
-
 double peak512(int32_t what, int64_t repeats) {
   if (what == ZP_PEAK_FLOAT32) return peak_float(repeats);
   if (what != ZP_PEAK_BYTES) return 0;

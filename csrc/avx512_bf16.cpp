@@ -134,26 +134,26 @@ bool tile_pairs(const Job& j) {
   return j.m >= (is_float8(*j.format) ? 12 : 32);
 }
 
-int64_t tokens_pairs(const Job& j) { return !in_pairs(j) ? tokens512(j) : j.tiled ? TILE_M : 1; }
+int64_t tokens_pairs(const Job& j) { return !in_pairs(j) ? tokens_vector(j) : j.tiled ? TILE_M : 1; }
 
 size_t prepared_bytes_pairs(const Job& j) {
-  if (!in_pairs(j)) return prepared_bytes512(j);
+  if (!in_pairs(j)) return prepared_bytes_vector(j);
   return j.tiled ? prepared_gemm_bytes<Pairs>(j) : j.m * pairs_stride(j) * 4;
 }
 
 void prepare_pairs(const Job& j, int64_t unit) {
-  if (!in_pairs(j)) return prepare512(j, unit);
+  if (!in_pairs(j)) return prepare_vector(j, unit);
   if (j.tiled) return prepare_gemm<Pairs>(j, unit);
   Pairs::token(j, unit, 2 * pairs_stride(j), (float*)j.prepared + unit * pairs_stride(j));
 }
 
 size_t scratch_bytes_pairs(const Job& j, int64_t rows) {
-  if (!in_pairs(j)) return scratch_bytes512(j, rows);
+  if (!in_pairs(j)) return scratch_bytes_vector(j, rows);
   return j.tiled ? scratch_bytes(j, rows) : PAIRS_N * pairs_stride(j) * 4;
 }
 
 void multiply_pairs(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
-  if (!in_pairs(j)) return multiply512(j, n0, n1, scratch);
+  if (!in_pairs(j)) return multiply_vector(j, n0, n1, scratch);
   j.tiled ? gemm<Pairs>(j, n0, n1, scratch) : dot_pairs_rows(j, n0, n1, (float*)scratch);
 }
 

@@ -58,8 +58,22 @@ inline void split_columns(const int16_t* q, uint32_t* out) {
 }  // namespace
 
 extern const Isa avx_vnni;
-const Isa avx_vnni = {"avx_vnni", tile2,  tokens2, prepared_bytes2, prepare2, rows2,  scratch_bytes2,
-                      multiply2,  decode, encode,  normalize,       gate,     rotate, attend,
-                      nullptr,    read,   peak};
+const Isa avx_vnni = {"avx_vnni",
+                      tile2,
+                      tokens_vector,
+                      prepared_bytes_vector,
+                      prepare_vector,
+                      rows_vector,
+                      scratch_bytes_vector,
+                      multiply_vector,
+                      decode,
+                      encode,
+                      normalize,
+                      gate,
+                      rotate,
+                      attend,
+                      nullptr,
+                      read,
+                      peak};
 
 }  // namespace zp

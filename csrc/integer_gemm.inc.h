@@ -1,5 +1,5 @@
 // Gemm for integer weights: body.inc.h's picture, with codes and activations as integers and one sum of products a
-// block. Included after body.inc.h by an instruction set that also defines
+// block. Included after float8.inc.h by an instruction set that also defines
 //
 //   Ints, set1_ints, load_ints, to_floats   W int32
 //   Code               an unsigned integer that a stored code fits; 32 bits hold STEP of them
@@ -179,4 +179,34 @@ static size_t integer_scratch_bytes(const Job& j, int64_t rows) {
 
 static void multiply_integer(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
   j.int8_activations ? integer_rows<1>(j, n0, n1, scratch) : integer_rows<2>(j, n0, n1, scratch);
+}
+
+// --- the functions of kernels.h's table, of an instruction set that has float8.inc.h and this ---
+
+static int64_t tokens_vector(const Job& j) { return is_integer_gemm(j) ? integer_tokens(j) : tokens(j); }
+
+static int64_t rows_vector(const Job& j, int32_t threads) {
+  return rows_in_tiles(j, threads, is_integer_gemm(j) ? INT_N : TILE_N);
+}
+
+static size_t prepared_bytes_vector(const Job& j) {
+  if (is_integer_gemm(j)) return integer_prepared_bytes(j);
+  return is_few_float8(j) ? few_float8_prepared_bytes(j) : prepared_bytes(j);
+}
+
+static void prepare_vector(const Job& j, int64_t unit) {
+  if (is_integer_gemm(j)) return prepare_integer(j, unit);
+  if (is_few_float8(j)) return prepare_few_float8(j, unit);
+  prepare(j, unit);
+}
+
+static size_t scratch_bytes_vector(const Job& j, int64_t rows) {
+  if (is_integer_gemm(j)) return integer_scratch_bytes(j, rows);
+  return is_few_float8(j) ? 0 : scratch_bytes(j, rows);
+}
+
+static void multiply_vector(const Job& j, int64_t n0, int64_t n1, uint8_t* scratch) {
+  if (is_integer_gemm(j)) return multiply_integer(j, n0, n1, scratch);
+  if (is_few_float8(j)) return dot_float8_rows(j, n0, n1);
+  multiply(j, n0, n1, scratch);
 }
